@@ -1,0 +1,3 @@
+"""An LLM streaming gateway with a Redis cache."""
+
+__version__ = "0.1.0"

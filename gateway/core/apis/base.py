@@ -1,0 +1,195 @@
+"""What the gateway must know of an API to key, judge, assemble and split its answers."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Json = dict[str, Any]
+
+# Delivery, identity, billing and bookkeeping: nothing here changes the answer (DESIGN 5).
+IGNORED = frozenset({
+    "stream", "stream_options", "user", "safety_identifier", "metadata", "store",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "service_tier",
+})  # fmt: skip
+IGNORED_IN_MESSAGES = "prompt_cache_breakpoint"
+
+# Beyond this a float no longer names one integer.
+_EXACT = 2.0**53
+
+# Text is cut where a tokenizer would: white space stays with the word that follows it.
+_TOKEN_LIKE = re.compile(r"\s*\S{1,12}|\s+")
+
+# In a fragment these say the same thing again; any other string is the next piece of a text.
+_REPEATED = frozenset({"role", "id", "type", "name", "index", "object", "format", "signature", "call_id", "expires_at"})
+
+
+class RequestProblem(ValueError):
+    """A member of the request has a wrong type; ``param`` names it."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class Assembler(Protocol):
+    """Builds the unstreamed answer from the chunks of a streamed one."""
+
+    def add(self, chunk: Json) -> None: ...
+
+    def body(self) -> Json: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One API: its path below ``/v1``, and the pure functions that know its shapes."""
+
+    name: str
+    path: str
+    id_prefix: str
+    validate: Callable[[Json], None]
+    """Raises `RequestProblem` where a member that the gateway reads has a wrong type."""
+    canonical: Callable[[Json], Json]
+    """The request with ignored members left out, sorted and normalised (DESIGN 5)."""
+    choices: Callable[[Json], int]
+    """How many choices the request asks for."""
+    limits_tokens: Callable[[Json], bool]
+    """Whether the request itself sets the token limit, so that ``length`` is what was asked for."""
+    cannot_stream: Callable[[Json], bool]
+    """Whether streaming would fail, or lose, what works unstreamed (DESIGN 2.3)."""
+    assembler: Callable[[], Assembler]
+    split: Callable[[Json], list[Json]]
+    """An unstreamed answer as token-like chunks, such that assembling them gives it back."""
+
+
+@dataclass(slots=True)
+class Envelope:
+    """The members of an answer that stand beside its choices. The first id, model and time hold; else the last value."""
+
+    object: str
+    members: Json = field(default_factory=dict)
+
+    def add(self, chunk: Json) -> None:
+        for name, value in chunk.items():
+            if name in ("choices", "object", "obfuscation"):
+                continue
+            if name in ("id", "created", "model"):
+                if not self.members.get(name):
+                    self.members[name] = value
+            elif value is not None or name not in self.members:
+                self.members[name] = value
+
+    def body(self, choices: list[Json]) -> Json:
+        members = dict(self.members)
+        head = {name: members.pop(name) for name in ("id",) if name in members}
+        head["object"] = self.object
+        head |= {name: members.pop(name) for name in ("created", "model") if name in members}
+        tail = {name: members.pop(name) for name in ("usage",) if members.get(name) is not None}
+        members.pop("usage", None)
+        return {**head, "choices": choices, **tail, **members}
+
+
+def merge(into: Json, fragment: Json) -> None:
+    """Adds a delta's members to what came before: text grows, lists grow or merge by ``index``, else the last holds."""
+    for name, value in fragment.items():
+        old = into.get(name)
+        if old is None:
+            into[name] = value
+        elif isinstance(old, str) and isinstance(value, str) and name not in _REPEATED:
+            into[name] = old + value
+        elif isinstance(old, dict) and isinstance(value, dict):
+            into[name] = dict(old)
+            merge(into[name], value)
+        elif isinstance(old, list) and isinstance(value, list):
+            into[name] = _merge_lists(old, value)
+        elif value is not None and not (value == "" and name in _REPEATED):
+            into[name] = value
+
+
+def _merge_lists(old: list[Any], new: list[Any]) -> list[Any]:
+    merged = list(old)
+    places = {item["index"]: at for at, item in enumerate(merged) if _indexed(item)}
+    for item in new:
+        at = places.get(item["index"]) if _indexed(item) else None
+        if at is None:
+            if _indexed(item):
+                places[item["index"]] = len(merged)
+            merged.append(item)
+        else:
+            merged[at] = dict(merged[at])
+            merge(merged[at], item)
+    return merged
+
+
+def _indexed(item: object) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("index"), int)
+
+
+def tokens(text: str) -> list[str]:
+    """``text`` in pieces of about a token's length; joined they are ``text``."""
+    return _TOKEN_LIKE.findall(text)
+
+
+def normalise(value: Any) -> Any:
+    """A known member's canonical form: members sorted, null left out, ``1.0`` as ``1``; arrays and text as they are."""
+    if isinstance(value, dict):
+        return {
+            name: normalise(value[name])
+            for name in sorted(value)
+            if value[name] is not None and name != IGNORED_IN_MESSAGES
+        }
+    if isinstance(value, list):
+        return [normalise(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        return int(value)
+    return value
+
+
+def canonical_members(body: Json, normal: Mapping[str, Callable[[Any], Any]]) -> Json:
+    """The sorted members that are not ignored; those in ``normal`` normalised (null left out), all others as sent."""
+    members: Json = {}
+    for name in sorted(body):
+        value = body[name]
+        if name in IGNORED or name == "model":
+            continue
+        form = normal.get(name)
+        if form is None:
+            members[name] = value
+        elif value is not None:
+            members[name] = form(value)
+    return members
+
+
+def one_or_many(value: Any) -> Any:
+    """``"x"`` as ``["x"]``."""
+    return [value] if isinstance(value, str) else value
+
+
+def as_sent(value: Any) -> Any:
+    """Order steers the answer here (the properties of a schema), so nothing is touched."""
+    return value
+
+
+def check(body: Json, name: str, what: str, valid: Callable[[Any], bool], *, required: bool = False) -> None:
+    """Raises `RequestProblem` unless ``body[name]`` is ``valid``, or absent (null is absent) and not required."""
+    value = body.get(name)
+    if value is None:
+        if required:
+            raise RequestProblem(f"Missing required parameter: '{name}'.", name)
+        return
+    if not valid(value):
+        raise RequestProblem(f"Invalid type for '{name}': expected {what}.", name)
+
+
+def check_common(body: Json) -> None:
+    """``model``, ``stream`` and ``n``, which every API has."""
+    check(body, "model", "a non-empty string", lambda value: isinstance(value, str) and bool(value), required=True)
+    check(body, "stream", "a boolean", lambda value: isinstance(value, bool))
+    check(body, "stream_options", "an object", lambda value: isinstance(value, dict))
+    check(body, "n", "a positive integer", _is_positive_int)
+
+
+def _is_positive_int(value: Any) -> bool:
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else 0
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

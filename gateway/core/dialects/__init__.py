@@ -1,0 +1,1 @@
+"""How a log of frames reads to a client, one file a dialect."""

@@ -1,0 +1,171 @@
+"""The taxonomy of failures, named by whose fault each one is.
+
+Every error that may reach a caller knows its HTTP status and OpenAI's ``type`` and ``code``
+(https://platform.openai.com/docs/guides/error-codes), so the edge needs no table. Anything that
+reaches the edge and is not a `GatewayError` is a bug, and answers 500.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class GatewayError(Exception):
+    """A failure that a caller may see as OpenAI's error object.
+
+    ``param`` is the member of the request that is at fault, ``headers`` go out with the answer.
+    """
+
+    status: int = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.headers: dict[str, str] = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object: ``{"error": {"message", "type", "param", "code"}}``."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class RequestError(GatewayError):
+    """The caller's fault; never retried."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidRequest(RequestError):
+    """The body is not what the API takes."""
+
+
+class ModelNotFound(RequestError):
+    """No configured upstream serves this model."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class PathNotFound(RequestError):
+    """Nothing is served at this path."""
+
+    status = 404
+    code = "unknown_url"
+
+
+class MethodNotAllowed(RequestError):
+    """The path is served, by other methods: the ``Allow`` header names them (RFC 9110 15.5.6)."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(RequestError):
+    """The request body is over ``[server] max_body_bytes``."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    """The request body is not declared as JSON."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class UpstreamError(GatewayError):
+    """The fault of the model's side."""
+
+    status = 502
+    type = "upstream_error"
+
+
+class UpstreamRefused(UpstreamError):
+    """The upstream answered with a status of its own: status, body and some headers go through as they came.
+
+    ``content`` is the upstream's body, ``content_type`` what it called it.
+    """
+
+    code = "upstream_refused"
+
+    def __init__(self, status: int, content: bytes, content_type: str, headers: Mapping[str, str]) -> None:
+        super().__init__(f"The upstream answered with status {status}.", headers=headers)
+        self.status = status
+        self.content = content
+        self.content_type = content_type
+
+
+class UpstreamReported(UpstreamError):
+    """The upstream reported an error inside an answer that had begun as a success; ``reported`` is its error object."""
+
+    code = "upstream_reported"
+
+    def __init__(self, reported: object) -> None:
+        error = reported if isinstance(reported, dict) else {"message": str(reported)}
+        message = error.get("message")
+        super().__init__(message if isinstance(message, str) and message else "The upstream reported an error.")
+        self.reported = {"type": self.type, "param": None, "code": self.code, **error, "message": self.message}
+        for key in ("status", "code"):
+            status = error.get(key)
+            if isinstance(status, int) and not isinstance(status, bool) and 400 <= status <= 599:
+                self.status = status
+                break
+
+    def body(self) -> dict[str, Any]:
+        return {"error": self.reported}
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No answer could be had: refused, reset before the head, name not found."""
+
+    code = "upstream_unreachable"
+
+
+class UpstreamTimeout(UpstreamError):
+    """The upstream took too long."""
+
+    status = 504
+    code = "upstream_timeout"
+
+
+class UpstreamBroke(UpstreamError):
+    """The upstream's answer is no answer: malformed, of a wrong kind, or cut off."""
+
+    code = "upstream_broke"
+
+
+class Unavailable(GatewayError):
+    """The gateway itself cannot serve this now."""
+
+    status = 503
+    type = "gateway_error"
+    code = "unavailable"
+
+
+class ShuttingDown(Unavailable):
+    """The process is ending, and the time for running streams is over."""
+
+    code = "shutting_down"
+
+
+class StoreError(Exception):
+    """The store's fault. Never reaches a caller: the service counts it and goes on without the store."""
+
+
+class StoreUnavailable(StoreError):
+    """Refused, timed out, or not in a state to serve."""
+
+
+class StoreCorrupt(StoreError):
+    """What was stored does not load. The entry is deleted and counts as a miss."""
+
+
+class ConfigError(Exception):
+    """The configuration is wrong. ``problems`` lists everything that is, each with its dotted path."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
