@@ -1,17 +1,19 @@
 """``config.toml`` and the environment as one frozen object, or every problem at once with its dotted path.
 
 The only reader of the environment. Precedence: flags of ``gateway serve``, then ``GATEWAY_<SECTION>_<KEY>``, then
-the file, then the defaults here.
+the file, then the defaults here. No message and no ``repr`` shows a value that may hold a secret.
 """
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
+from urllib.parse import SplitResult, urlsplit
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from gateway.core.pacing import Pace, PaceKind
 from gateway.errors import ConfigError
@@ -19,30 +21,45 @@ from gateway.errors import ConfigError
 DEFAULT_PATH = Path("config.toml")
 PREFIX = "GATEWAY_"
 
+
+def _is_set(name: str, info: ValidationInfo) -> str:
+    """The environment is the context of the validation, so that a missing secret is listed with all other problems."""
+    if name and info.context is not None and not info.context.get(name, "").strip():
+        # Somebody may have put the secret itself here: those are rarely all in capitals.
+        shown = name if name.isidentifier() and name.isupper() else "that it names"
+        raise ValueError(f"the environment variable {shown} is not set")
+    return name
+
+
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0)]
+DottedPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
+Variable = Annotated[str, AfterValidator(_is_set)]
+"""The name of an environment variable that holds a secret."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class ServerConfig(_Section):
-    host: str = Field("127.0.0.1", min_length=1)
-    port: int = Field(8080, ge=0, le=65535)
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
     max_body_bytes: Count = 33_554_432
     head_after_s: Seconds = 5.0
     keepalive_s: Seconds = 10.0
     write_timeout_s: Seconds = 60.0
-    shutdown_grace_s: float = Field(10.0, ge=0, allow_inf_nan=False)
-    relay_paths: tuple[str, ...] = ("embeddings", "moderations")
+    shutdown_grace_s: SecondsOrZero = 10.0
+    relay_paths: tuple[Annotated[str, Field(pattern=r"^[^/\s]\S*$")], ...] = ("embeddings", "moderations")
     relay_upstream: str = ""
 
 
 class RedisConfig(_Section):
-    url: str = "embedded"
-    prefix: str = Field("gw", pattern=r"^[A-Za-z0-9_.:-]{1,64}$")
-    protocol: int = Field(3, ge=2, le=3)
+    url: Annotated[str, Field(repr=False)] = "embedded"
+    prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "gw"
+    protocol: Annotated[int, Field(ge=2, le=3)] = 3
     lookup_timeout_s: Seconds = 0.05
     command_timeout_s: Seconds = 2.0
     connect_timeout_s: Seconds = 1.0
@@ -54,19 +71,31 @@ class RedisConfig(_Section):
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: str) -> str:
-        if url != "embedded" and not url.startswith(("redis://", "rediss://", "unix://")):
+        if url == "embedded":
+            return url
+        if not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError('must be "embedded", or start with redis://, rediss:// or unix://')
+        if "@" in "".join(_split(url)[2:]):
+            raise ValueError(_NO_URL)
         return url
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without credentials and options, for people to read."""
+        if self.url == "embedded":
+            return self.url
+        parts = _split(self.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 class CacheConfig(_Section):
     enabled: bool = True
     ttl_s: Seconds = 86_400.0
     max_recording_bytes: Count = 8_388_608
-    ignored_paths: tuple[str, ...] = ()
+    ignored_paths: tuple[DottedPath, ...] = ()
     finish_reasons: frozenset[str] = frozenset({"stop", "tool_calls", "function_call", "length"})
     scope: Literal["tenant", "shared"] = "tenant"
-    key_secret_env: str = ""
+    key_secret_env: Variable = ""
 
     @field_validator("finish_reasons")
     @classmethod
@@ -75,11 +104,18 @@ class CacheConfig(_Section):
             raise ValueError("content_filter is never stored")
         return reasons
 
+    @field_validator("key_secret_env")
+    @classmethod
+    def _fits_the_digest(cls, name: str, info: ValidationInfo) -> str:
+        if name and info.context is not None and not 16 <= len(info.context[name].strip().encode()) <= 64:
+            raise ValueError("the environment variable that it names must hold 16 to 64 bytes")
+        return name
+
 
 class ReplayConfig(_Section):
     pace: PaceKind = "instant"
-    speed: float = Field(1.0, gt=0, allow_inf_nan=False)
-    frames_per_s: float = Field(50.0, gt=0, allow_inf_nan=False)
+    speed: Rate = 1.0
+    frames_per_s: Rate = 50.0
     identity: Literal["fresh", "original"] = "fresh"
 
     def as_pace(self) -> Pace:
@@ -92,17 +128,17 @@ class LogConfig(_Section):
 
 
 class _UpstreamConfig(_Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     models: tuple[str, ...] = ()
     aliases: dict[str, str] = {}
     default: bool = False
-    ignored_paths: tuple[str, ...] = ()
+    ignored_paths: tuple[DottedPath, ...] = ()
 
 
 class OpenAIUpstreamConfig(_UpstreamConfig):
     kind: Literal["openai"]
-    base_url: str = Field("https://api.openai.com/v1", pattern=r"^https?://[^/\s]+")
-    api_key_env: str = ""
+    base_url: str = "https://api.openai.com/v1"
+    api_key_env: Variable = ""
     stream: bool = True
     ask_usage: bool = True
     connect_timeout_s: Seconds = 5.0
@@ -112,23 +148,26 @@ class OpenAIUpstreamConfig(_UpstreamConfig):
     @field_validator("base_url")
     @classmethod
     def _no_credentials(cls, url: str) -> str:
-        if "@" in url.split("//", 1)[1].split("/", 1)[0]:
+        parts = _split(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must start with http:// or https:// and a host")
+        if "@" in parts.netloc:
             raise ValueError("must not hold a credential: name an environment variable in api_key_env")
         return url.rstrip("/")
 
 
 class LangChainUpstreamConfig(_UpstreamConfig):
     kind: Literal["langchain"]
-    target: str = Field(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*$")
-    arguments: dict[str, Any] = {}
-    arguments_env: dict[str, str] = {}
+    target: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*$")]
+    arguments: Annotated[dict[str, Any], Field(repr=False)] = {}
+    arguments_env: dict[str, Variable] = {}
     dropped_parameters: tuple[str, ...] = ()
 
 
 class SimulatedUpstreamConfig(_UpstreamConfig):
     kind: Literal["simulated"]
-    ttft_s: float = Field(0.3, ge=0, allow_inf_nan=False)
-    tokens_per_s: float = Field(40.0, gt=0, allow_inf_nan=False)
+    ttft_s: SecondsOrZero = 0.3
+    tokens_per_s: Rate = 40.0
     length_tokens: Count = 120
 
 
@@ -148,18 +187,21 @@ class Config(_Section):
     cache: CacheConfig = CacheConfig()
     replay: ReplayConfig = ReplayConfig()
     log: LogConfig = LogConfig()
-    upstreams: tuple[UpstreamConfig, ...] = ()
+    upstreams: Annotated[tuple[UpstreamConfig, ...], Field(validate_default=True)] = ()
 
-    @model_validator(mode="after")
-    def _names_agree(self) -> Self:
-        names = [upstream.name for upstream in self.upstreams]
-        if double := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"upstreams: the name {double[0]!r} is used twice")
-        if [upstream.default for upstream in self.upstreams].count(True) > 1:
-            raise ValueError("upstreams: only one can be the default")
-        if self.server.relay_upstream and self.server.relay_upstream not in names:
-            raise ValueError(f"server.relay_upstream: no upstream is called {self.server.relay_upstream!r}")
-        return self
+    @field_validator("upstreams")
+    @classmethod
+    def _names_agree(cls, upstreams: tuple[UpstreamConfig, ...], info: ValidationInfo) -> tuple[UpstreamConfig, ...]:
+        names = [upstream.name for upstream in upstreams]
+        problems = [f"the name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
+        if sum(upstream.default for upstream in upstreams) > 1:
+            problems.append("only one can be the default")
+        server = info.data.get("server")
+        if server and server.relay_upstream and server.relay_upstream not in names:
+            problems.append(f"none is called {server.relay_upstream!r}, as server.relay_upstream says")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return upstreams
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +209,7 @@ class Loaded:
     """A valid configuration, the secrets that it names, and what looks odd but does no harm."""
 
     config: Config
-    secrets: Mapping[str, str]
+    secrets: Mapping[str, str] = field(repr=False)
     """The values of the environment variables that the configuration names, by their names."""
     warnings: tuple[str, ...]
     source: str
@@ -181,122 +223,136 @@ def load(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapp
     Raises `ConfigError` with every problem found.
     """
     values, source = _read(path)
-    overrides, warnings = _from_environment(environ)
-    for layer in (overrides, flags or {}):
+    flags = flags or {}
+    hidden = {_variable(section, key) for section, keys in flags.items() for key in keys}
+    settings = {variable: environ[variable] for variable in _variables() if variable in environ and variable not in hidden}
+    overrides, problems = _from_environment(settings)
+    for layer in (overrides, flags):
         _lay_over(values, layer)
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate(values, context=environ)
     except ValidationError as error:
-        raise ConfigError([_problem(dict(detail)) for detail in error.errors()]) from None
-    secrets, problems = _secrets(config, environ)
+        raise ConfigError(problems + [_problem(detail, settings) for detail in error.errors()]) from None
     if problems:
         raise ConfigError(problems)
+    secrets = {name: environ[name].strip() for name in _secret_names(config) if name}
+    # Not an error: Kubernetes puts GATEWAY_SERVICE_HOST and the like there for a service of that name.
+    unknown = sorted(
+        name for name in environ if name.startswith(PREFIX) and name not in secrets.keys() | _variables().keys()
+    )
+    warnings = tuple(f"{variable} is set but names no key of the configuration: ignored" for variable in unknown)
     cache_dir = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or ".") / ".cache") / "gateway"
-    return Loaded(config, secrets, tuple(warnings), source, cache_dir)
+    return Loaded(config, secrets, warnings, source, cache_dir)
 
 
 def _read(path: Path | None) -> tuple[dict[str, Any], str]:
-    if path is None and not DEFAULT_PATH.exists():
-        return {}, "defaults"
-    path = path or DEFAULT_PATH
+    file = path or DEFAULT_PATH
     try:
-        return tomllib.loads(path.read_text("utf-8")), str(path)
+        return tomllib.loads(file.read_text("utf-8")), str(file)
     except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+        if path is None and isinstance(error, FileNotFoundError):
+            return {}, "defaults"
+        raise ConfigError([f"{file}: cannot be read: {error.strerror}"]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: is not TOML: {error}"]) from None
+        raise ConfigError([f"{file}: is not TOML: {error}"]) from None
 
 
-def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    values: dict[str, Any] = {}
-    warnings = []
-    named = _names_by_variable()
-    problems = []
-    for variable in sorted(environ):
-        if not variable.startswith(PREFIX):
-            continue
-        if variable not in named:
-            # Not an error: Kubernetes puts GATEWAY_SERVICE_HOST and the like there for a service of that name.
-            warnings.append(f"{variable} is set but names no key of the configuration: ignored")
-            continue
-        section, key = named[variable]
-        try:
-            value = _parse(environ[variable], section, key)
-        except ValueError as error:
-            problems.append(f"{section}{'.' if key else ''}{key}: {error} (from {variable})")
-            continue
-        if key:
-            values.setdefault(section, {})[key] = value
+def _variable(*path: str) -> str:
+    return PREFIX + "_".join(path).upper()
+
+
+def _variables() -> dict[str, tuple[tuple[str, ...], Any]]:
+    """The path and the default value of the key that each variable sets."""
+    found: dict[str, tuple[tuple[str, ...], Any]] = {}
+    for section, value in Config():
+        if isinstance(value, BaseModel):
+            found |= {_variable(section, key): ((section, key), default) for key, default in value}
         else:
-            values[section] = value
-    if problems:
-        raise ConfigError(problems)
-    return values, warnings
+            found[_variable(section)] = (section,), value
+    return found
 
 
-def _names_by_variable() -> dict[str, tuple[str, str]]:
-    named = {f"{PREFIX}UPSTREAMS": ("upstreams", "")}
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            named |= {f"{PREFIX}{section}_{key}".upper(): (section, key) for key in model.model_fields}
-    return named
+def _from_environment(settings: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The values that the variables set, and a problem for each that cannot be read."""
+    values: dict[str, Any] = {}
+    problems = []
+    variables = _variables()
+    for variable, text in settings.items():
+        path, default = variables[variable]
+        try:
+            value = _parse(text, default)
+        except orjson.JSONDecodeError as error:
+            problems.append(f"{'.'.join(path)}: is not JSON: {error} (from {variable})")
+            continue
+        *sections, key = path
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[key] = value
+    return values, problems
 
 
-def _parse(text: str, section: str, key: str) -> Any:
-    """Lists and tables are JSON; a list of words may also be given with commas between; all else is as it stands."""
-    if not key:
-        return _json(text)
-    model = Config.model_fields[section].annotation
-    assert isinstance(model, type) and issubclass(model, BaseModel)  # noqa: S101  # _names_by_variable saw to it
-    annotation = str(model.model_fields[key].annotation)
-    if annotation.startswith(("tuple", "frozenset")):
-        return _json(text) if text.lstrip().startswith("[") else [word.strip() for word in text.split(",") if word.strip()]
-    return text
-
-
-def _json(text: str) -> Any:
-    try:
+def _parse(text: str, default: Any) -> Any:
+    """Lists are JSON, or words with commas between; all else is as it stands."""
+    if not isinstance(default, tuple | frozenset):
+        return text
+    if text.lstrip().startswith(("[", "{")):
         return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error}") from None
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _lay_over(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
     for section, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(values.get(section, {}), dict):
-            values.setdefault(section, {}).update(value)
-        else:
+        if not isinstance(value, Mapping):
             values[section] = value
+        elif isinstance(below := values.setdefault(section, {}), dict):
+            below.update(value)
 
 
-def _problem(detail: dict[str, Any]) -> str:
-    kinds = {"openai", "langchain", "simulated"}
-    path = ".".join(str(part) for part in detail["loc"] if part not in kinds)
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        message = "is not a key of the configuration"
-    elif detail["type"] == "union_tag_not_found":
-        path, message = f"{path}.kind", 'is missing: "openai", "langchain" or "simulated"'
-    elif detail["type"] == "union_tag_invalid":
-        path, message = f"{path}.kind", 'must be "openai", "langchain" or "simulated"'
-    return f"{path}: {message}" if path else message
+_NO_URL = "is not a URL: what is odd in a password must be percent-encoded"
 
 
-def _secrets(config: Config, environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    wanted = {"cache.key_secret_env": config.cache.key_secret_env}
-    for at, upstream in enumerate(config.upstreams):
+def _split(url: str) -> SplitResult:
+    """Its failure shows nothing of the URL: the part that does not parse may be a password."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ValueError(_NO_URL) from None
+    return parts
+
+
+_TABLE, _LIST, _KIND = "must be a table", "must be a list", 'must be "openai", "langchain" or "simulated"'
+_WORDS = {
+    "extra_forbidden": "is not a key of the configuration",
+    "missing": "is missing",
+    "model_type": _TABLE,
+    "model_attributes_type": _TABLE,
+    "dict_type": _TABLE,
+    "tuple_type": _LIST,
+    "frozen_set_type": _LIST,
+    "union_tag_not_found": _KIND,
+    "union_tag_invalid": _KIND,
+}
+
+
+def _problem(detail: ErrorDetails, settings: Mapping[str, str]) -> str:
+    path = [str(part) for part in detail["loc"]]
+    variable = _variable(*path[:2])
+    if path[0] == "upstreams":
+        variable = _variable("upstreams")
+        del path[2:3]  # the kind, by which pydantic chose the model
+    if detail["type"].startswith("union_tag"):
+        path.append("kind")
+    message = _WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
+    source = f" (from {variable})" if variable in settings else ""
+    return f"{'.'.join(path)}: {message}{source}"
+
+
+def _secret_names(config: Config) -> Iterator[str]:
+    yield config.cache.key_secret_env
+    for upstream in config.upstreams:
         if isinstance(upstream, OpenAIUpstreamConfig):
-            wanted[f"upstreams.{at}.api_key_env"] = upstream.api_key_env
+            yield upstream.api_key_env
         if isinstance(upstream, LangChainUpstreamConfig):
-            wanted |= {f"upstreams.{at}.arguments_env.{key}": name for key, name in upstream.arguments_env.items()}
-    secrets, problems = {}, []
-    for path, name in wanted.items():
-        if name and environ.get(name):
-            secrets[name] = environ[name]
-        elif name:
-            problems.append(f"{path}: the environment variable {name} is not set")
-    secret = secrets.get(config.cache.key_secret_env, "")
-    if secret and not 16 <= len(secret.encode()) <= 64:
-        problems.append(f"cache.key_secret_env: the value of {config.cache.key_secret_env} must be 16 to 64 bytes long")
-    return secrets, problems
+            yield from upstream.arguments_env.values()

@@ -145,6 +145,13 @@ class Unavailable(GatewayError):
     code = "unavailable"
 
 
+class NotCached(Unavailable):
+    """The caller allowed only a stored answer, and there is none (RFC 9111 5.2.1.7)."""
+
+    status = 504
+    code = "not_cached"
+
+
 class ShuttingDown(Unavailable):
     """The process is ending, and the time for running streams is over."""
 

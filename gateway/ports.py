@@ -1,6 +1,6 @@
 """The seams: what the service needs of a clock, a store and an upstream, and nothing of how they do it."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -36,7 +36,7 @@ class Answer:
 
     headers: Mapping[str, str]
     """Those that may reach the caller: names in lower case."""
-    batches: AsyncIterator[list[bytes]] | None = None
+    batches: AsyncGenerator[list[bytes], None] | None = None
     """The data of the stream's events, as many at a time as came together; ``[DONE]`` included where it came.
 
     Iterating raises `UpstreamError`.
@@ -81,6 +81,16 @@ class Upstream(Protocol):
 class Store(Protocol):
     """Where recordings live. Every method raises `StoreError` only."""
 
+    @property
+    def secret(self) -> bytes:
+        """The secret that all replicas on this store share: of this process alone until the store is first reached."""
+        ...
+
+    @property
+    def available(self) -> bool:
+        """Whether the store answered when it was last asked."""
+        ...
+
     async def lookup(self, key: CacheKey, want: Literal["stream", "whole"], *, patient: bool = False) -> Recording | None:
         """The recording's parts that such a reply needs, or None. ``patient`` waits seconds, not milliseconds."""
         ...
@@ -90,9 +100,5 @@ class Store(Protocol):
         ...
 
     async def delete(self, key: CacheKey) -> None: ...
-
-    async def secret(self) -> bytes:
-        """The secret that all replicas on this store share."""
-        ...
 
     async def close(self) -> None: ...

@@ -1,0 +1,221 @@
+"""The composition root: the only file that names concrete classes together."""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from gateway.config import (
+    FALLBACK_UPSTREAM,
+    Config,
+    LangChainUpstreamConfig,
+    Loaded,
+    OpenAIUpstreamConfig,
+    UpstreamConfig,
+)
+from gateway.core.apis import APIS
+from gateway.core.policy import StoreRules
+from gateway.errors import StoreUnavailable
+from gateway.flight import Flights
+from gateway.http import completions, edge, small
+from gateway.http.relay import Relay
+from gateway.observe import AccessLog, Sink
+from gateway.ports import Store, Upstream
+from gateway.service import CacheRules, Service
+from gateway.store.embedded import EmbeddedServer
+from gateway.store.redis import RedisStore, connect
+from gateway.upstreams.router import Router
+
+log = logging.getLogger(__name__)
+
+SERVICE = web.AppKey("service", Service)
+STORE = web.AppKey("store", RedisStore)
+# The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
+RUNNER_OPTIONS: dict[str, Any] = {"handler_cancellation": True, "access_log": None, "keepalive_timeout": 75.0}
+_BACKLOG = 4096
+_LAST_WORDS_S = 2.0
+
+
+class SystemClock:
+    """The real time."""
+
+    now = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
+
+
+async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore, str]:
+    """The configured store, entered on ``stack``, and a word on what it is."""
+    config = loaded.config.redis
+    url, described = config.url, without_password(config.url)
+    client = None
+    if url == "embedded":
+        directory = Path(config.embedded_dir) if config.embedded_dir else None
+        try:
+            server = await stack.enter_async_context(EmbeddedServer(directory, config.embedded_max_bytes))
+            url, described = server.url, f"embedded Valkey ({server.described})"
+        except StoreUnavailable as error:
+            log.warning("%s. The cache is kept in this process, slowly, and is gone when it ends.", error)
+            client, described = in_process_redis(), "in this process (fakeredis)"
+    secret = loaded.secrets.get(loaded.config.cache.key_secret_env)
+    store = RedisStore(client or connect(config, url), config, secret=secret.encode() if secret else None)
+    return await stack.enter_async_context(store), described
+
+
+def in_process_redis() -> Any:
+    """The store of last resort. Imported late: it is slow to load, and seldom needed."""
+    from fakeredis.aioredis import FakeRedis  # noqa: PLC0415
+
+    return FakeRedis()
+
+
+def without_password(url: str) -> str:
+    """A URL fit for a log."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if rest else url
+
+
+def build_upstream(config: UpstreamConfig, secrets: Any) -> Upstream:
+    """Each kind is imported only where it is configured: LangChain must cost a plain start nothing."""
+    if isinstance(config, OpenAIUpstreamConfig):
+        from gateway.upstreams.openai import OpenAIUpstream  # noqa: PLC0415
+
+        return OpenAIUpstream(config, secrets.get(config.api_key_env))
+    if isinstance(config, LangChainUpstreamConfig):
+        from gateway.upstreams.langchain import LangChainUpstream  # noqa: PLC0415
+
+        return LangChainUpstream(config, secrets)
+    from gateway.upstreams.simulated import SimulatedUpstream  # noqa: PLC0415
+
+    return SimulatedUpstream(config)
+
+
+def build_router(config: Config, secrets: Any) -> Router:
+    """Raises `ConfigError` where an upstream cannot be made."""
+    configs = config.upstreams or (FALLBACK_UPSTREAM,)
+    return Router([(upstream, build_upstream(upstream, secrets)) for upstream in configs])
+
+
+def build_app(config: Config, store: Store, router: Router) -> web.Application:
+    """The application over a store and upstreams that are open."""
+    clock = SystemClock()
+    access_log = AccessLog()
+    sinks: list[Sink] = [access_log] if config.log.access else []
+    app = web.Application(middlewares=[edge.middleware(sinks)], client_max_size=config.server.max_body_bytes)
+    flights = Flights(store, StoreRules(config.cache.finish_reasons, config.cache.max_recording_bytes), clock)
+    app[SERVICE] = Service(router, store, flights, _cache_rules(config), clock)
+    _add_routes(app, config, store, router)
+
+    async def closing(_: web.Application) -> AsyncIterator[None]:
+        yield
+        await app[SERVICE].close()
+        access_log.flush()
+
+    app.cleanup_ctx.append(closing)
+    return app
+
+
+def _cache_rules(config: Config) -> CacheRules:
+    return CacheRules(
+        enabled=config.cache.enabled,
+        shared=config.cache.scope == "shared",
+        ttl_s=config.cache.ttl_s,
+        ignored_paths=config.cache.ignored_paths,
+        fresh_identity=config.replay.identity == "fresh",
+        pace=config.replay.as_pace(),
+    )
+
+
+def _add_routes(app: web.Application, config: Config, store: Store, router: Router) -> None:
+    server = config.server
+    timing = completions.Timing(server.head_after_s, server.keepalive_s, server.write_timeout_s)
+    own: dict[str, list[str]] = {}
+    for api in APIS.values():
+        app.router.add_post(f"/v1/{api.path}", completions.handler(api, app[SERVICE], timing))
+        own[api.path] = ["POST"]
+    models = small.Models(router, int(time.time()))
+    app.router.add_get("/v1/models", models.listing)
+    app.router.add_get("/v1/models/{model:.+}", models.one)
+    own["models"] = ["GET", "HEAD"]
+    app.router.add_get("/healthz", small.health(store))
+    app.router.add_get("/openapi.json", small.openapi)
+    app.router.add_get("/", small.root)
+    relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
+    app.router.add_route("*", "/v1/{path:.*}", relay.handler())
+
+
+def _relay_upstream(config: Config, router: Router) -> Upstream | None:
+    """Where requests go that name no model: as configured, else to the default upstream, else to the only one."""
+    named = [upstream for upstream in router.upstreams if upstream.name == config.server.relay_upstream]
+    if named:
+        return named[0]
+    return router.default or (router.upstreams[0] if len(router.upstreams) == 1 else None)
+
+
+async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
+    """Runs until SIGINT or SIGTERM. Raises `ConfigError`, and `OSError` where it cannot listen."""
+    config = loaded.config
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        router = build_router(config, loaded.secrets)
+        for upstream in router.upstreams:
+            stack.push_async_callback(upstream.close)
+        store, store_described = await open_store(stack, loaded)
+        app = build_app(config, store, router)
+        runner = web.AppRunner(app, shutdown_timeout=_LAST_WORDS_S, **RUNNER_OPTIONS)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=_BACKLOG)
+        await site.start()
+        announce(_announcement(runner, config, store_described))
+        await stop.wait()
+        await _drain(site, runner, config.server.shutdown_grace_s)
+        await app[SERVICE].close()
+
+
+async def _drain(site: web.TCPSite, runner: web.AppRunner, grace_s: float) -> None:
+    """Takes no more connections, and lets running answers end within the grace."""
+    await site.stop()
+    server = runner.server
+    with suppress(TimeoutError):
+        async with asyncio.timeout(grace_s):
+            while server and any(_busy(connection) for connection in server.connections):
+                await asyncio.sleep(0.02)  # noqa: ASYNC110  # aiohttp gives no event for it
+
+
+def _busy(connection: Any) -> bool:
+    return connection._current_request is not None  # noqa: SLF001  # aiohttp tells it nobody else's way
+
+
+def _announcement(runner: web.AppRunner, config: Config, store: str) -> str:
+    host, port = next(iter(runner.addresses))[:2]
+    base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return f"listening on {base_url}\ncache: {store if config.cache.enabled else 'off'}\n{describe_upstreams(config)}"
+
+
+def describe_upstreams(config: Config) -> str:
+    """One line an upstream."""
+    if not config.upstreams:
+        return "upstream: none is configured, so a simulated model answers (see [[upstreams]] in config.toml)"
+    return "\n".join(f"upstream {upstream.name}: {_described(upstream)}" for upstream in config.upstreams)
+
+
+def _described(upstream: UpstreamConfig) -> str:
+    models = [*upstream.models, *upstream.aliases, *(["any other model"] if upstream.default else [])]
+    serves = ", ".join(models) or "no model"
+    if isinstance(upstream, OpenAIUpstreamConfig):
+        key = f"key from {upstream.api_key_env}" if upstream.api_key_env else "the caller's own key"
+        return f"{upstream.base_url} ({key}) for {serves}"
+    if isinstance(upstream, LangChainUpstreamConfig):
+        return f"{upstream.target} for {serves}"
+    return f"a simulated model for {serves}"
+
+

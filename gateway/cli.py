@@ -1,0 +1,104 @@
+"""The commands. Exit codes: 0 for success, 1 where the service cannot run, 2 for a wrong configuration or command line."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from gateway import __version__
+from gateway.config import Loaded, load
+from gateway.errors import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The ``gateway`` command."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not options.command:
+        parser.print_help()
+        return 2
+    try:
+        loaded = load(options.config, os.environ, _flags(options))
+        logging.basicConfig(level=loaded.config.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
+        for library in ("httpx2", "openai"):
+            logging.getLogger(library).setLevel(logging.WARNING)  # they would tell of every request
+        for warning in loaded.warnings:
+            _say(f"warning: {warning}")
+        run: Callable[[Loaded], int] = options.run
+        return run(loaded)
+    except ConfigError as error:
+        for problem in error.problems:
+            _say(f"error: {problem}")
+        return 2
+    except OSError as error:
+        _say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("gateway", description="An LLM streaming gateway with a Redis cache.")
+    parser.add_argument("--version", action="version", version=f"gateway {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="")
+    serve = commands.add_parser("serve", help="run the service", description="Runs the service until SIGINT or SIGTERM.")
+    check = commands.add_parser(
+        "check", help="check the configuration", description="Checks the configuration and prints what would run."
+    )
+    for command, run in ((serve, _serve), (check, _check)):
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--config", type=Path, metavar="FILE", help="the configuration (default: config.toml, if there is one here)"
+        )
+        command.add_argument("--host", help="the address to listen on, instead of [server] host")
+        command.add_argument("--port", type=int, help="the port to listen on, instead of [server] port; 0: a free one")
+    return parser
+
+
+def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    given = {name: getattr(options, name) for name in ("host", "port") if getattr(options, name) is not None}
+    return {"server": given} if given else {}
+
+
+def _serve(loaded: Loaded) -> int:
+    from gateway.app import serve  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
+
+    _runner()(serve(loaded, _say))
+    return 0
+
+
+def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
+    """uvloop's where it is to be had."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return asyncio.run
+    return uvloop.run
+
+
+def _check(loaded: Loaded) -> int:
+    from gateway.app import build_router, describe_upstreams, without_password  # noqa: PLC0415
+
+    config = loaded.config
+    asyncio.run(_try_upstreams(lambda: build_router(config, loaded.secrets)))
+    server, cache = config.server, config.cache
+    print(f"configuration: {loaded.source}")  # noqa: T201
+    print(f"would listen on http://{server.host}:{server.port}/v1")  # noqa: T201
+    print(f"cache: {without_password(config.redis.url) if cache.enabled else 'off'}, kept for {cache.ttl_s:g} s")  # noqa: T201
+    print(describe_upstreams(config))  # noqa: T201
+    print("ok")  # noqa: T201
+    return 0
+
+
+async def _try_upstreams(build: Callable[[], Any]) -> None:
+    for upstream in build().upstreams:
+        await upstream.close()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,513 @@
+"""Running upstream calls and their open logs. asyncio, but no sockets.
+
+A flight is owned by the table of flights, never by a request: the first caller is a reader like any other, and a
+reader holds nothing but a cursor, so neither a slow nor a vanished one disturbs anybody.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import orjson
+
+from gateway.core.apis import Api
+from gateway.core.dialects.openai import DONE
+from gateway.core.key import CacheKey
+from gateway.core.pacing import Pace, due_by
+from gateway.core.policy import StoreRules
+from gateway.core.recording import Frame, Identity, MalformedChunk, Meta, Recorder, Recording, body_spans
+from gateway.errors import GatewayError, ShuttingDown, StoreError, UpstreamBroke, UpstreamReported
+from gateway.ports import Answer, Call, Clock, Store, Upstream
+
+log = logging.getLogger(__name__)
+
+# A stream that has said [DONE] is read to its end for this long, so that its connection can be used again.
+_DRAIN_S = 0.5
+# A sealed flight stays in the table for longer than any lookup takes.
+_LINGER_S = 0.25
+# Assembling gives the loop back after this many frames, about a millisecond.
+_FRAMES_A_TURN = 200
+# A long recording is written in pieces of about this size, so that a slow client's backlog stays small.
+_PIECE_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The upstream said all it had to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The answer ended early; every reader is told ``error``."""
+
+    error: GatewayError
+
+
+Outcome = Complete | Failed
+
+
+class Flight:
+    """One running upstream call: an append-only log of frames that any number of readers follow."""
+
+    def __init__(self, api: Api, *, cacheable: bool, started_at: float) -> None:
+        self.api = api
+        self.cacheable = cacheable
+        self.started_at = started_at
+        self.readers = 0
+        self.outcome: Outcome | None = None
+        self.headers: Mapping[str, str] | None = None
+        """The upstream's, once its head has come."""
+        self.recording: Recording | None = None
+        """Set between the end of a storable answer and some time after its arrival in the store."""
+        self.retired = False
+        self.streamed = True
+        self.on_abandoned: Callable[[], object] = lambda: None
+        self.recorder = Recorder()
+        self.frames: list[Frame] = self.recorder.frames
+        self._whole: bytes | None = None
+        self._assembling = asyncio.Lock()
+        self._waiters: list[asyncio.Future[bool]] = []
+
+    def __repr__(self) -> str:
+        state = type(self.outcome).__name__ if self.outcome else "open"
+        return f"<Flight {self.api.name} frames={len(self.frames)} readers={self.readers} {state}>"
+
+    def land_head(self, headers: Mapping[str, str]) -> None:
+        """The upstream has answered: readers may send their heads."""
+        self.headers = headers
+        self._wake()
+
+    def append(self, batch: Iterable[bytes], at_us: int) -> bool:
+        """Adds the chunks of a batch to the log; tells whether ``[DONE]`` was among them.
+
+        Raises `UpstreamReported` and `UpstreamBroke`; what came before the bad chunk stays in the log.
+        """
+        done = False
+        try:
+            for payload in batch:
+                if payload.startswith(DONE):
+                    if not self.frames:
+                        raise UpstreamBroke("The upstream's stream ended without an answer.")
+                    done = True
+                    break
+                if payload and (reported := self.recorder.add(payload, at_us)):
+                    raise UpstreamReported(reported["error"])
+        except MalformedChunk as error:
+            raise UpstreamBroke(f"The upstream sent a broken stream: {error}.") from None
+        finally:
+            if not done:
+                self._wake()
+        return done
+
+    def take_whole(self, body: bytes, at_us: int) -> None:
+        """Fills the log from an unstreamed answer; the body is kept as it came. Raises `UpstreamBroke`."""
+        try:
+            chunks = self.api.split(orjson.loads(body))
+        except (AttributeError, TypeError, ValueError):
+            raise UpstreamBroke("The upstream's answer is not of the API's shape.") from None
+        for chunk in chunks:
+            self.recorder.add(orjson.dumps(chunk), at_us)
+        if not self.frames:
+            raise UpstreamBroke("The upstream's answer has no choices.")
+        self._whole = body
+        self.streamed = False
+
+    def close(self, outcome: Outcome) -> None:
+        """Ends the log; the first outcome holds."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self._wake()
+
+    def seal(self, recording: Recording) -> None:
+        """From now on the answer is a recording: newcomers are served from it."""
+        self.recording = recording
+        self._wake()
+
+    def retire(self) -> None:
+        """The table lets go of this flight."""
+        self.retired = True
+        self._wake()
+
+    async def sealed(self) -> Recording | None:
+        """The recording of a flight that has ended; None if it is not to be stored."""
+        while self.recording is None and not self.retired:
+            await self.changed()
+        return self.recording
+
+    async def changed(self, idle_s: float | None = None) -> bool:
+        """Waits for the head, a frame or the end; tells whether one came within ``idle_s``."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        self._waiters.append(waiter)
+        if idle_s is None:
+            return await waiter
+        timer = loop.call_later(idle_s, _settle, waiter, False)
+        try:
+            return await waiter
+        finally:
+            timer.cancel()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            _settle(waiter, True)
+
+    async def whole(self) -> bytes:
+        """The assembled answer of a flight that has ended; raises its error."""
+        if isinstance(self.outcome, Failed):
+            raise self.outcome.error
+        async with self._assembling:
+            if self._whole is None:
+                self._whole = await self._assemble()
+        return self._whole
+
+    async def _assemble(self) -> bytes:
+        assembler = self.api.assembler()
+        for place, frame in enumerate(self.frames):
+            if place % _FRAMES_A_TURN == _FRAMES_A_TURN - 1:
+                await asyncio.sleep(0)
+            try:
+                assembler.add(orjson.loads(frame.payload))
+            except orjson.JSONDecodeError as error:
+                raise UpstreamBroke(f"The upstream sent a broken stream: {error}.") from None
+        return orjson.dumps(assembler.body())
+
+    def leave(self) -> None:
+        """One reader less. When the last has gone, an answer that will not be stored is not worth finishing."""
+        self.readers -= 1
+        if self.readers == 0 and self.outcome is None and not self.cacheable:
+            self.on_abandoned()
+
+
+def _settle(waiter: "asyncio.Future[bool]", value: bool) -> None:  # noqa: FBT001  # a callback's argument
+    if not waiter.done():
+        waiter.set_result(value)
+
+
+class FlightReader:
+    """A cursor over a flight."""
+
+    def __init__(self, flight: Flight, *, usage: bool) -> None:
+        self.flight = flight
+        self._usage = usage
+        self._cursor = 0
+        flight.readers += 1
+
+    async def head(self, within_s: float | None) -> Mapping[str, str] | None:
+        """The upstream's headers, or None if they did not come in time. Raises the flight's error."""
+        flight = self.flight
+        loop = asyncio.get_running_loop()
+        deadline = None if within_s is None else loop.time() + within_s
+        while flight.headers is None:
+            if isinstance(flight.outcome, Failed):
+                raise flight.outcome.error
+            remaining = None if deadline is None else deadline - loop.time()
+            if remaining is not None and remaining <= 0:
+                return None
+            await flight.changed(remaining)
+        return flight.headers
+
+    def at_once(self) -> bytes | None:
+        return None
+
+    async def next(self, idle_s: float) -> bytes | None:
+        """What has come since the last call; None after ``idle_s`` without anything; empty at the end."""
+        flight = self.flight
+        while True:
+            if self._cursor < len(flight.frames):
+                frames = flight.frames[self._cursor :]
+                self._cursor += len(frames)
+                if data := b"".join([frame.full if self._usage else frame.plain for frame in frames]):
+                    return data
+            elif flight.outcome:
+                return b""
+            elif not await flight.changed(idle_s):
+                return None
+
+    @property
+    def at_end(self) -> bool:
+        return self.flight.outcome is not None and self._cursor == len(self.flight.frames)
+
+    @property
+    def error(self) -> GatewayError | None:
+        """Why the log ended early, if it did."""
+        return self.flight.outcome.error if isinstance(self.flight.outcome, Failed) else None
+
+    async def whole(self) -> bytes:
+        """The assembled answer, once it is complete. Raises the flight's error."""
+        while self.flight.outcome is None:
+            await self.flight.changed()
+        return await self.flight.whole()
+
+    def leave(self) -> None:
+        self.flight.leave()
+
+
+class RecordingReader:
+    """A cursor over a recording, at a pace."""
+
+    def __init__(self, recording: Recording, identity: Identity | None, *, usage: bool, pace: Pace, clock: Clock) -> None:
+        self.recording = recording
+        self.error: GatewayError | None = None
+        self._identity = identity
+        self._usage = usage
+        self._pace = pace
+        self._clock = clock
+        self._began = clock.monotonic()
+        self._cursor = 0
+        self._frames: list[bytes] | None = None
+        self._schedule: list[float] = []
+        self._waiter: asyncio.Future[bool] | None = None
+
+    async def head(self, within_s: float | None) -> Mapping[str, str] | None:  # noqa: ARG002  # a recording's is there
+        return {}
+
+    def at_once(self) -> bytes | None:
+        """The whole stream, where nothing stands against sending it in one write."""
+        if self._pace.kind != "instant" or len(self.recording.sse or b"") > 4 * _PIECE_BYTES:
+            return None
+        return self.recording.stream(self._identity, usage=self._usage)
+
+    async def next(self, idle_s: float) -> bytes | None:
+        """The frames that are due, together; None after ``idle_s`` in which none was; empty at the end."""
+        frames = self._load()
+        while not self.at_end:
+            end = due_by(self._schedule, self._cursor, self._clock.monotonic() - self._began)
+            if end > self._cursor:
+                if data := self._take(frames, end):
+                    return data
+                continue
+            wait_s = self._began + self._schedule[self._cursor] - self._clock.monotonic()
+            interrupted = await self._sleep(min(wait_s, idle_s))
+            if not interrupted and wait_s > idle_s:
+                return None
+        return b""
+
+    @property
+    def at_end(self) -> bool:
+        return self.error is not None or (self._frames is not None and self._cursor == len(self._frames))
+
+    async def whole(self) -> bytes:
+        """The assembled body, at the time at which its last frame is due."""
+        body = self.recording.whole(self._identity)
+        due_s = self._duration_s()
+        while not self.error and (wait_s := self._began + due_s - self._clock.monotonic()) > 0:
+            await self._sleep(wait_s)
+        if self.error:
+            raise self.error
+        return body
+
+    def interrupt(self, error: GatewayError) -> None:
+        """Ends the replay early, with an error that its caller is told."""
+        self.error = error
+        if self._waiter:
+            _settle(self._waiter, True)
+
+    def leave(self) -> None:
+        pass
+
+    def _load(self) -> list[bytes]:
+        if self._frames is None:
+            self._frames = self.recording.frames(self._identity, usage=self._usage)
+            marks = self.recording.marks
+            self._schedule = self._pace.schedule(marks.at_us if marks else ())
+        return self._frames
+
+    def _take(self, frames: list[bytes], end: int) -> bytes:
+        start = self._cursor
+        size = 0
+        while self._cursor < end and size < _PIECE_BYTES:
+            size += len(frames[self._cursor])
+            self._cursor += 1
+        return b"".join(frames[start : self._cursor])
+
+    def _duration_s(self) -> float:
+        frames, duration_us = self.recording.meta.frames, self.recording.meta.duration_us
+        if self._pace.kind == "fixed":
+            return frames / self._pace.frames_per_s
+        return self._pace.schedule([duration_us])[-1]
+
+    async def _sleep(self, seconds: float) -> bool:
+        """Whether the sleep was interrupted."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(seconds, _settle, self._waiter, False)
+        try:
+            return await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+
+Reader = FlightReader | RecordingReader
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a flight is for: the question, whom to ask, and under which key to keep the answer (None: do not)."""
+
+    call: Call
+    upstream: Upstream
+    key: CacheKey | None
+    joinable: bool
+    ttl_s: float
+
+
+class Flights:
+    """The table of flights, and the pump that drives each."""
+
+    def __init__(self, store: Store, rules: StoreRules, clock: Clock) -> None:
+        self._store = store
+        self._rules = rules
+        self._clock = clock
+        self._by_key: dict[CacheKey, Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def find(self, key: CacheKey) -> Flight | None:
+        """The flight that a request of this key may join, or whose recording is on its way to the store."""
+        flight = self._by_key.get(key)
+        return None if flight is None or isinstance(flight.outcome, Failed) else flight
+
+    def start(self, plan: Plan) -> Flight:
+        """Begins an upstream call in a task of its own."""
+        flight = Flight(plan.call.api, cacheable=plan.key is not None, started_at=self._clock.now())
+        if plan.key is not None and plan.joinable:
+            self._by_key[plan.key] = flight
+        task = asyncio.get_running_loop().create_task(self._fly(flight, plan))
+        flight.on_abandoned = task.cancel
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return flight
+
+    async def close(self) -> None:
+        """Ends every flight: its readers are told that the gateway is shutting down."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _fly(self, flight: Flight, plan: Plan) -> None:
+        try:
+            await self._pump(flight, plan)
+        except GatewayError as error:
+            flight.close(Failed(error))
+        except asyncio.CancelledError:
+            flight.close(Failed(ShuttingDown("The gateway is shutting down; ask again.")))
+            raise
+        except Exception:  # a bug of ours, or of an upstream's library: no reader may wait for ever because of it
+            log.exception("the pump of %r broke", flight)
+            flight.close(Failed(GatewayError("The gateway failed to read the answer.")))
+        else:
+            await self._keep(flight, plan)
+        finally:
+            self._retire(flight, plan.key)
+
+    def _retire(self, flight: Flight, key: CacheKey | None) -> None:
+        if key is None or self._by_key.get(key) is not flight:
+            flight.retire()
+        elif flight.recording is None:
+            self._forget(flight, key)
+        else:
+            # A lookup that left before the recording landed comes back with nothing and looks here next.
+            asyncio.get_running_loop().call_later(_LINGER_S, self._forget, flight, key)
+
+    def _forget(self, flight: Flight, key: CacheKey) -> None:
+        if self._by_key.get(key) is flight:
+            del self._by_key[key]
+        flight.retire()
+
+    async def _pump(self, flight: Flight, plan: Plan) -> None:
+        began = self._clock.monotonic()
+        async with plan.upstream.ask(plan.call) as answer:
+            flight.land_head(answer.headers)
+            if answer.whole is not None:
+                flight.take_whole(answer.whole, self._us_since(began))
+                done = True
+            else:
+                done = await self._follow(flight, answer, began)
+            if not done and not self._finished(flight, plan):
+                raise UpstreamBroke("The upstream's stream ended before the answer was complete.")
+            flight.close(Complete())
+
+    async def _follow(self, flight: Flight, answer: Answer, began: float) -> bool:
+        """Appends what comes, until ``[DONE]`` (true) or the end."""
+        assert answer.batches is not None  # noqa: S101  # an answer is streamed or whole
+        async with aclosing(answer.batches) as batches:
+            async for batch in batches:
+                if flight.append(batch, self._us_since(began)):
+                    flight.close(Complete())
+                    await _drain(batches)
+                    return True
+        return False
+
+    def _us_since(self, began: float) -> int:
+        return int((self._clock.monotonic() - began) * 1e6)
+
+    @staticmethod
+    def _finished(flight: Flight, plan: Plan) -> bool:
+        reasons = flight.recorder.finish_reasons
+        return all(index in reasons for index in range(plan.call.api.choices(plan.call.body)))
+
+    async def _keep(self, flight: Flight, plan: Plan) -> None:
+        """Seals and stores a complete answer, if the rules allow."""
+        call, recorder = plan.call, flight.recorder
+        if plan.key is None:
+            return
+        why_not = self._rules.why_not(
+            reasons=recorder.finish_reasons,
+            choices=call.api.choices(call.body),
+            size_bytes=recorder.size_bytes,
+            limits_tokens=call.api.limits_tokens(call.body),
+        )
+        if why_not:
+            log.debug("not stored (%s): %r", why_not, flight)
+            return
+        newest = self._by_key.get(plan.key)
+        if newest is None or newest.started_at <= flight.started_at:
+            self._by_key[plan.key] = flight
+        try:
+            body = await flight.whole()
+        except UpstreamBroke as error:
+            log.warning("not stored: %s", error)
+            return
+        recording = self._recording(flight, plan, body)
+        flight.seal(recording)
+        try:
+            await self._store.store(plan.key, recording)
+        except StoreError as error:
+            log.debug("not stored: %s", error)
+
+    def _recording(self, flight: Flight, plan: Plan, body: bytes) -> Recording:
+        recorder = flight.recorder
+        body_id, body_created = body_spans(body)
+        meta = Meta(
+            api=plan.call.api.name,
+            model=str(plan.call.body.get("model")),
+            upstream=plan.upstream.name,
+            started_at=flight.started_at,
+            written_at=self._clock.now(),
+            duration_us=flight.frames[-1].at_us,
+            ttl_s=plan.ttl_s,
+            id=recorder.id,
+            frames=len(flight.frames),
+            finish_reasons=tuple(reason for _, reason in sorted(recorder.finish_reasons.items())),
+            usage=recorder.usage,
+            body_id=body_id,
+            body_created=body_created,
+            whole=not flight.streamed,
+        )
+        return recorder.recording(meta, body)
+
+
+async def _drain(batches: AsyncIterator[list[bytes]]) -> None:
+    try:
+        async with asyncio.timeout(_DRAIN_S):
+            async for _ in batches:
+                pass
+    except (TimeoutError, GatewayError):
+        pass  # the answer is complete; only the connection is lost for re-use

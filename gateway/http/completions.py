@@ -1,0 +1,157 @@
+"""Chat completions and completions: read the request, open the answer, write it. One write loop serves every stream."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from gateway.core.apis import Api
+from gateway.core.dialects.openai import END, KEEP_ALIVE, error_event
+from gateway.core.policy import NO_DIRECTIVES, Directives
+from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from gateway.flight import Reader
+from gateway.http.edge import EXCHANGE, Exchange, Handler
+from gateway.service import Opened, Request, Service
+
+# Below this a write cannot fill the transport's buffer of 64 KiB by itself.
+_SMALL_BYTES = 32_768
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long things may take, in seconds."""
+
+    head_after_s: float
+    keepalive_s: float
+    write_timeout_s: float
+
+
+class CallerTooSlow(ConnectionResetError):
+    """The caller has not taken what was written for too long."""
+
+
+def handler(api: Api, service: Service, timing: Timing) -> Handler:
+    """The handler of one API's path."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        exchange = request[EXCHANGE]
+        asked = await _read(request, api)
+        exchange.model = str(asked.body.get("model"))
+        opened = await service.open(asked)
+        exchange.upstream = opened.upstream
+        exchange.cache_status = opened.disposition.cache_status()
+        try:
+            if asked.streamed:
+                return await _stream(request, opened, exchange, timing)
+            return await _whole(opened, exchange)
+        finally:
+            service.leave(opened)
+
+    return handle
+
+
+async def _read(request: web.Request, api: Api) -> Request:
+    body = await read_json(request)
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request body must be a JSON object.")
+    control = request.headers.getall("Cache-Control", ())
+    directives = Directives.parse(",".join(control)) if control else NO_DIRECTIVES
+    return Request(api, body, request.headers, directives)
+
+
+async def read_json(request: web.Request) -> Any:
+    """The parsed body. Raises `UnsupportedMediaType`, `BodyTooLarge` and `InvalidRequest`."""
+    kind = request.headers.get("Content-Type")
+    if kind is not None and not is_json(kind):
+        raise UnsupportedMediaType(f"The content type must be application/json, not {kind!r}.")
+    try:
+        text = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.") from None
+    except (web.PayloadAccessError, ValueError):
+        raise InvalidRequest("The request body could not be read to its end.") from None
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The request body is not JSON: {error}.") from None
+
+
+def is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+async def _whole(opened: Opened, exchange: Exchange) -> web.Response:
+    body = await opened.reader.whole()
+    headers = _headers(opened, exchange, await opened.reader.head(None))
+    headers["Content-Type"] = "application/json"
+    return web.Response(body=body, headers=headers)
+
+
+async def _stream(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
+    reader = opened.reader
+    if (stream := reader.at_once()) is not None:
+        headers = _headers(opened, exchange, None) | STREAM_HEADERS
+        return web.Response(body=stream + END, headers=headers)
+    head = await reader.head(timing.head_after_s)
+    response = web.StreamResponse(headers=_headers(opened, exchange, head) | STREAM_HEADERS)
+    try:
+        await response.prepare(request)
+        if head is None:
+            await response.write(KEEP_ALIVE)
+        await _write(request, response, reader, timing)
+    except ConnectionResetError as error:
+        exchange.left = True
+        exchange.error = type(error).__name__
+    else:
+        if reader.error:
+            exchange.error = f"{type(reader.error).__name__}: {reader.error.message}"
+    return response
+
+
+async def _write(request: web.Request, response: web.StreamResponse, reader: Reader, timing: Timing) -> None:
+    """The one loop that writes streams: what the reader has, comments while it has nothing, then the end."""
+    while True:
+        data = await reader.next(timing.keepalive_s)
+        if reader.at_end:
+            end = error_event(reader.error) if reader.error else END
+            async with asyncio.timeout(timing.write_timeout_s):
+                # Clients stop reading at the end event, so it leaves together with the end of the body.
+                await response.write_eof((data or b"") + end)
+            return
+        await _write_data(request, response, KEEP_ALIVE if data is None else data, timing)
+
+
+async def _write_data(request: web.Request, response: web.StreamResponse, data: bytes, timing: Timing) -> None:
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError
+    if len(data) < _SMALL_BYTES and not transport.get_write_buffer_size():
+        await response.write(data)
+        return
+    try:
+        async with asyncio.timeout(timing.write_timeout_s):
+            await response.write(data)
+    except TimeoutError:
+        transport.abort()
+        raise CallerTooSlow from None
+
+
+def _headers(opened: Opened, exchange: Exchange, head: Mapping[str, str] | None) -> dict[str, str]:
+    """``head`` is what the upstream said, where it has answered."""
+    disposition = opened.disposition
+    if disposition.kind == "hit":
+        return {**exchange.headers(), "Age": str(disposition.age_s)}
+    if disposition.kind == "collapsed" or head is None:
+        return exchange.headers()
+    exchange.take_upstream_id(head.get("x-request-id"))
+    exchange.cache_status = disposition.cache_status(200)
+    return {**{name: value for name, value in head.items() if name != "x-request-id"}, **exchange.headers()}

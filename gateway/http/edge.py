@@ -1,0 +1,127 @@
+"""The outermost layer: request ids, errors as OpenAI's object, and the record of each request."""
+
+import logging
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from gateway.core.policy import NOT_FORWARDED
+from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest, MethodNotAllowed, PathNotFound, UpstreamRefused
+from gateway.observe import RequestDetails, Sink
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
+_CLIENT_CLOSED = 499  # nginx's word for a caller who left
+
+
+class Exchange:
+    """What is known of one request while it is served."""
+
+    __slots__ = ("began", "cache_status", "caller_id", "error", "left", "model", "request_id", "upstream")
+
+    def __init__(self, request: web.Request, own_id: int) -> None:
+        self.began = time.perf_counter()
+        given = request.headers.get("X-Request-Id", "")
+        self.caller_id = given if _SANE_ID.fullmatch(given) else ""
+        self.request_id = self.caller_id or f"req_{own_id:024x}"
+        self.cache_status = NOT_FORWARDED
+        self.model = self.upstream = self.error = ""
+        self.left = False
+
+    def take_upstream_id(self, upstream_id: str | None) -> None:
+        """The upstream's id of the request serves the caller too, who may have to quote it, unless it chose its own."""
+        if upstream_id and not self.caller_id and _SANE_ID.fullmatch(upstream_id):
+            self.request_id = upstream_id
+
+    def headers(self) -> dict[str, str]:
+        return {"X-Request-Id": self.request_id, "Cache-Status": self.cache_status, "Server": "gateway"}
+
+
+EXCHANGE: web.RequestKey[Exchange] = web.RequestKey("exchange", Exchange)
+
+
+def middleware(sinks: Sequence[Sink]) -> Middleware:
+    """Wraps every handler, those for unknown paths and methods included."""
+    draw = random.Random()  # noqa: S311  # an id must be unlike any other, not hard to guess
+
+    @web.middleware
+    async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
+        exchange = request[EXCHANGE] = Exchange(request, draw.getrandbits(96))
+        status, sent = _CLIENT_CLOSED, 0
+        try:
+            response = await _answer(request, handler, exchange)
+            status, sent = (_CLIENT_CLOSED if exchange.left else response.status), _bytes_sent(response)
+            return response
+        finally:
+            details = RequestDetails(
+                request_id=exchange.request_id,
+                method=request.method,
+                path=request.path,
+                status=status,
+                duration_s=time.perf_counter() - exchange.began,
+                bytes_sent=sent,
+                cache_status=exchange.cache_status,
+                model=exchange.model,
+                upstream=exchange.upstream,
+                error=exchange.error,
+            )
+            for sink in sinks:
+                sink(details)
+
+    return edge
+
+
+async def _answer(request: web.Request, handler: Handler, exchange: Exchange) -> web.StreamResponse:
+    try:
+        response = await handler(request)
+    except GatewayError as error:
+        response = error_response(error, exchange)
+    except web.HTTPException as error:
+        response = error_response(_translated(error, request), exchange)
+    except Exception:  # anything else is a bug: the caller gets an id to quote, the log gets the trace
+        log.exception("request %s failed", exchange.request_id)
+        response = error_response(GatewayError(f"The gateway failed; quote {exchange.request_id}."), exchange)
+    if not response.prepared:
+        response.headers.update(exchange.headers())
+    return response
+
+
+def error_response(error: GatewayError, exchange: Exchange) -> web.Response:
+    """An error before the first byte: its status, and OpenAI's error object (an upstream's refusal as it came)."""
+    exchange.error = f"{type(error).__name__}: {error.message}"
+    exchange.take_upstream_id(error.headers.get("x-request-id"))
+    headers = {name: value for name, value in error.headers.items() if name != "x-request-id"}
+    if isinstance(error, UpstreamRefused):
+        response = web.Response(status=error.status, body=error.content, headers=headers)
+        response.headers["Content-Type"] = error.content_type
+        return response
+    return web.json_response(error.body(), status=error.status, headers=headers)
+
+
+def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
+    """aiohttp's own refusals in our words."""
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return not_allowed(request, sorted(error.allowed_methods))
+    if error.status == 404:
+        return PathNotFound(f"Unknown request URL: {request.method} {request.path}.")
+    if error.status == 413:
+        return BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.")
+    refusal = InvalidRequest(error.reason or "The request cannot be read.")
+    refusal.status = error.status
+    return refusal
+
+
+def not_allowed(request: web.Request, allowed: Sequence[str]) -> MethodNotAllowed:
+    message = f"Not allowed to {request.method} on {request.path}; allowed: {', '.join(allowed)}."
+    return MethodNotAllowed(message, headers={"Allow": ", ".join(allowed)})
+
+
+def _bytes_sent(response: web.StreamResponse) -> int:
+    return response.body_length if response.prepared else len(getattr(response, "body", None) or b"")

@@ -1,0 +1,265 @@
+"""What is served, as an OpenAPI 3.1 document. It describes the gateway: what only the model reads is passed on as it is."""
+
+from collections.abc import Iterable
+from typing import Any
+
+Json = dict[str, Any]
+
+_STATUSES = {
+    400: "The request is not what the API takes.",
+    404: "No upstream serves this model.",
+    405: "The path is served, but by other methods: `Allow` names them.",
+    413: "The request body is too large.",
+    415: "The request body is declared as something else than JSON.",
+    502: "The upstream cannot be reached, or its answer is no answer.",
+    503: "The gateway is shutting down, or the store that `only-if-cached` needs cannot be reached.",
+    504: "The upstream took too long, or `only-if-cached` was asked and the answer is not in the cache.",
+}
+
+
+def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderations")) -> Json:
+    """The whole document. ``relay_paths`` are the paths below ``/v1`` that are passed on uncached."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "LLM streaming gateway",
+            "version": version,
+            "summary": "OpenAI's API, answered from a cache of recorded token streams where it can be.",
+        },
+        "servers": [{"url": "/"}],
+        # Where the upstream has a key of its own, the caller needs none.
+        "security": [{"bearer": []}, {}],
+        "paths": {
+            "/v1/chat/completions": {"post": _answered("createChatCompletion", "ChatCompletion")},
+            "/v1/completions": {"post": _answered("createCompletion", "Completion")},
+            "/v1/models": {"get": _get("listModels", "The models that can be asked.", "ModelList", 405)},
+            "/v1/models/{model}": {
+                "parameters": [_parameter("model", "path", _string("The model's name."))],
+                "get": _get("retrieveModel", "One of the models.", "Model", 404),
+            },
+            **{f"/v1/{path}": {"post": _relayed(path)} for path in relay_paths},
+            "/healthz": {"get": _get("health", "The process is up.", "Health", 405)},
+            "/openapi.json": {"get": _get("openapi", "This document.", "AnyObject", 405)},
+            "/": {"get": _text("root", "What this is, in a few words.")},
+        },
+        "components": {
+            "schemas": _schemas(),
+            "headers": _headers(),
+            "parameters": _parameters(),
+            "responses": {str(status): _error(text, *_also(status)) for status, text in _STATUSES.items()},
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+# Operations
+
+
+def _answered(operation: str, name: str) -> Json:
+    """An operation whose answers are recorded and replayed."""
+    return {
+        "operationId": operation,
+        "summary": "Answered from the cache, from an answer that is under way, or by the model.",
+        "parameters": [_ref("parameters", "CacheControl"), _ref("parameters", "RequestId")],
+        "requestBody": {"required": True, "content": _json(_ref("schemas", f"{name}Request"))},
+        "responses": {
+            "200": {
+                "description": "The answer: a stream of events where `stream` is true, else one object.",
+                "headers": _header_refs("Cache-Status", "Age", "X-Request-Id"),
+                "content": _json(_ref("schemas", name)) | _events(f"{name}Chunk"),
+            },
+            **_errors(*_STATUSES),
+            "default": _refusal(),
+        },
+    }
+
+
+def _relayed(path: str) -> Json:
+    return {
+        "operationId": f"relay_{path.replace('/', '_')}",
+        "summary": "Passed on to the upstream as it is, never cached.",
+        "parameters": [_ref("parameters", "RequestId")],
+        "requestBody": {"required": True, "content": {"*/*": {}}},
+        "responses": {
+            **_errors(400, 404, 413, 502, 504),
+            "default": {
+                "description": "The upstream's answer, whatever its status and type.",
+                "headers": _header_refs("Cache-Status", "X-Request-Id"),
+                "content": {"*/*": {}},
+            },
+        },
+    }
+
+
+def _get(operation: str, summary: str, schema: str, *errors: int) -> Json:
+    return {
+        "operationId": operation,
+        "summary": summary,
+        "parameters": [_ref("parameters", "RequestId")],
+        "responses": {
+            "200": {
+                "description": summary,
+                "headers": _header_refs("Cache-Status", "X-Request-Id"),
+                "content": _json(_ref("schemas", schema)),
+            },
+            **_errors(*errors),
+        },
+    }
+
+
+def _text(operation: str, summary: str) -> Json:
+    found = _get(operation, summary, "AnyObject", 405)
+    found["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    return found
+
+
+# Bodies
+
+
+def _schemas() -> Json:
+    return {
+        "ChatCompletionRequest": _request({"messages": _array(_ref("schemas", "Message"))}, "messages"),
+        "Message": _object({"role": _string("Whose message it is."), "content": {}}),
+        "CompletionRequest": _request({"prompt": _prompt()}),
+        "ChatCompletion": _answer("chat.completion", "message"),
+        "ChatCompletionChunk": _answer("chat.completion.chunk", "delta"),
+        "Completion": _answer("text_completion", "text"),
+        "CompletionChunk": _answer("text_completion", "text"),
+        "Usage": _object({f"{kind}_tokens": {"type": "integer"} for kind in ("prompt", "completion", "total")}),
+        "Model": _object({"id": {"type": "string"}, "object": {"const": "model"}}, "id", "object"),
+        "ModelList": _object({"object": {"const": "list"}, "data": _array(_ref("schemas", "Model"))}, "object", "data"),
+        "Health": _object({"status": {"const": "ok"}, "store": {"enum": ["ok", "unavailable"]}}, "status"),
+        "Error": _object({"error": _ref("schemas", "ErrorObject")}, "error"),
+        "ErrorObject": _object(
+            {
+                "message": _string("What went wrong."),
+                "type": {"type": ["string", "null"], "description": "Whose fault it is."},
+                "param": {"type": ["string", "null"], "description": "The member of the request that is at fault."},
+                "code": {"type": ["string", "integer", "null"], "description": "A word for the failure."},
+            },
+            "message",
+        ),
+        "AnyObject": {"type": "object"},
+    }
+
+
+def _request(members: Json, *required: str) -> Json:
+    """What the gateway reads itself is typed; every other member goes to the model as it is."""
+    common = {
+        "model": _string("Decides which upstream is asked.", minLength=1),
+        "stream": _or_null("boolean", "Whether the answer comes as events. The same recording serves both."),
+        "stream_options": _or_null("object", "`include_usage` adds an event with the usage at the end."),
+        "n": _or_null("integer", "How many choices.", minimum=1),
+    }
+    return _object(common | members, "model", *required)
+
+
+def _prompt() -> Json:
+    tokens = _array({"type": "integer"})
+    forms = [{"type": "string"}, _array({"type": "string"}), tokens, _array(tokens), {"type": "null"}]
+    return {"description": "A text or its tokens, or a list of either.", "anyOf": forms}
+
+
+def _answer(kind: str, content: str) -> Json:
+    choice = _object({"index": {"type": "integer"}, content: {}, "finish_reason": {"type": ["string", "null"]}})
+    return _object(
+        {
+            "id": {"type": "string"},
+            "object": {"const": kind},
+            "created": {"type": "integer"},
+            "model": {"type": "string"},
+            "choices": _array(choice),
+            "usage": {"anyOf": [_ref("schemas", "Usage"), {"type": "null"}]},
+        }
+    )
+
+
+def _events(chunk: str) -> Json:
+    text = (
+        f"Server-sent events: the data of each is a {chunk}, and of the last one `[DONE]`. Comments keep the connection "
+        "alive. After a failure the last event is an Error, and no `[DONE]` follows."
+    )
+    return {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+
+
+def _json(schema: Json) -> Json:
+    return {"application/json": {"schema": schema}}
+
+
+# Errors, headers, parameters
+
+
+def _errors(*statuses: int) -> Json:
+    return {str(status): _ref("responses", str(status)) for status in statuses}
+
+
+def _error(text: str, *headers: str) -> Json:
+    return {
+        "description": text,
+        "headers": _header_refs("Cache-Status", "X-Request-Id", *headers),
+        "content": _json(_ref("schemas", "Error")),
+    }
+
+
+def _refusal() -> Json:
+    found = _error("The upstream's own refusal, with its status, body and `Retry-After`.", "Retry-After")
+    return found | {"content": {**found["content"], "*/*": {}}}
+
+
+def _also(status: int) -> list[str]:
+    """The headers that go with some statuses only."""
+    return ["Allow"] if status == 405 else []
+
+
+def _headers() -> Json:
+    texts = {
+        "Cache-Status": "What the cache did (RFC 9211): `gateway; hit; ttl=60`, `gateway; fwd=miss; collapsed`.",
+        "X-Request-Id": "The caller's, if it sent a sane one; else the upstream's, or a new one.",
+        "Allow": "The methods of this path.",
+        "Retry-After": "The upstream's.",
+    }
+    age = {"description": "On a hit, the answer's age in seconds (RFC 9111).", "schema": {"type": "integer", "minimum": 0}}
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in texts.items()} | {"Age": age}
+
+
+def _parameters() -> Json:
+    cache_control = (
+        "RFC 9111: `no-cache` asks the model and replaces what is stored, `no-store` touches nothing, `max-age` and "
+        "`min-fresh` bound what will do, `only-if-cached` never asks the model."
+    )
+    return {
+        "CacheControl": _parameter("Cache-Control", "header", _string(cache_control)),
+        "RequestId": _parameter("X-Request-Id", "header", _string("Names the request in logs and in the answer.")),
+    }
+
+
+def _parameter(name: str, where: str, schema: Json) -> Json:
+    return {"name": name, "in": where, "required": where == "path", "schema": schema}
+
+
+# Small schemas
+
+
+def _ref(kind: str, name: str) -> Json:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _header_refs(*names: str) -> Json:
+    return {name: _ref("headers", name) for name in names}
+
+
+def _object(properties: Json, *required: str) -> Json:
+    found = {"type": "object", "properties": properties, "additionalProperties": True}
+    return found | ({"required": list(required)} if required else {})
+
+
+def _array(items: Json) -> Json:
+    return {"type": "array", "items": items}
+
+
+def _string(text: str, **rules: Any) -> Json:
+    return {"type": "string", "description": text, **rules}
+
+
+def _or_null(kind: str, text: str, **rules: Any) -> Json:
+    return {"type": [kind, "null"], "description": text, **rules}

@@ -1,0 +1,79 @@
+"""All other requests below ``/v1``: passed on uncached, streaming both ways."""
+
+from collections.abc import AsyncIterator, Sequence
+
+import orjson
+from aiohttp import web
+
+from gateway.errors import InvalidRequest, PathNotFound
+from gateway.http.completions import is_json, read_json
+from gateway.http.edge import EXCHANGE, Handler, not_allowed
+from gateway.ports import Upstream
+from gateway.service import CREDENTIAL_HEADERS, FORWARDED_HEADERS, Router
+
+_PASSED_ON = ("accept", "content-type", "idempotency-key", "openai-beta")
+_FORWARDED = "gateway; fwd=bypass; detail=relayed"
+
+
+class Relay:
+    """Finds the upstream of a request by the model in its body, else by the configuration, and passes it on."""
+
+    def __init__(self, router: Router, fallback: Upstream | None, paths: Sequence[str], own: dict[str, list[str]]) -> None:
+        self._router = router
+        self._fallback = fallback
+        self._paths = tuple(path.strip("/") for path in paths)
+        self._own = own
+
+    def handler(self) -> Handler:
+        return self._handle
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        path = request.match_info["path"]
+        if path in self._own:
+            raise not_allowed(request, self._own[path])
+        upstream, body = await self._destination(request)
+        if not upstream or not self._allowed(upstream, path):
+            raise PathNotFound(f"Unknown request URL: {request.method} {request.path}.")
+        return await self._pass_on(request, upstream, path, body)
+
+    def _allowed(self, upstream: Upstream, path: str) -> bool:
+        """A key of the gateway's own serves only what the configuration names; a caller's own key is the caller's."""
+        if any(part in ("", ".", "..") for part in path.split("/")):
+            return False
+        return upstream.passes_credential or any(path == own or path.startswith(f"{own}/") for own in self._paths)
+
+    async def _destination(self, request: web.Request) -> tuple[Upstream | None, AsyncIterator[bytes] | bytes | None]:
+        if not request.can_read_body:
+            return self._fallback, None
+        if not is_json(request.headers.get("Content-Type", "")):
+            return self._fallback, request.content.iter_any()
+        body = await read_json(request)
+        model = body.get("model") if isinstance(body, dict) else None
+        if model is None:
+            return self._fallback, await request.read()
+        if not isinstance(model, str):
+            raise InvalidRequest("Invalid type for 'model': expected a string.", param="model")
+        route = self._router.route(model)
+        request[EXCHANGE].model = model
+        return route.upstream, orjson.dumps({**body, "model": route.model})
+
+    async def _pass_on(
+        self, request: web.Request, upstream: Upstream, path: str, body: AsyncIterator[bytes] | bytes | None
+    ) -> web.StreamResponse:
+        exchange = request[EXCHANGE]
+        exchange.upstream, exchange.cache_status = upstream.name, _FORWARDED
+        names = (*FORWARDED_HEADERS, *_PASSED_ON, *(CREDENTIAL_HEADERS if upstream.passes_credential else ()))
+        headers = {name: request.headers[name] for name in names if name in request.headers}
+        query = f"?{request.query_string}" if request.query_string else ""
+        async with upstream.relay(request.method, f"{path}{query}", headers, body) as relayed:
+            exchange.take_upstream_id(relayed.headers.get("x-request-id"))
+            passed = {name: value for name, value in relayed.headers.items() if name != "x-request-id"}
+            response = web.StreamResponse(status=relayed.status, headers=passed | exchange.headers())
+            try:
+                await response.prepare(request)
+                async for data in relayed.body:
+                    await response.write(data)
+                await response.write_eof()
+            except ConnectionResetError:
+                exchange.left = True
+            return response

@@ -1,0 +1,90 @@
+"""The small endpoints: models, health, the API's description, and a word at the root."""
+
+import asyncio
+import logging
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from gateway import __version__
+from gateway.errors import ModelNotFound, UpstreamError
+from gateway.http.openapi import document
+from gateway.ports import Store, Upstream
+from gateway.service import CREDENTIAL_HEADERS
+
+log = logging.getLogger(__name__)
+
+_ROOT = f"""LLM streaming gateway {__version__}
+OpenAI's API is served at /v1: point a client's base_url there.
+The API's description is at /openapi.json, health at /healthz.
+"""
+
+
+class Catalogue(Protocol):
+    """The models that are served, and by whom."""
+
+    upstreams: tuple[Upstream, ...]
+
+    def exact_models(self) -> Any: ...
+
+    def globs_of(self, upstream: Upstream) -> list[str]: ...
+
+    def route(self, model: str) -> Any: ...
+
+
+class Models:
+    """``GET /v1/models``: what the configuration names, and what upstreams list that its patterns admit."""
+
+    def __init__(self, catalogue: Catalogue, created: int) -> None:
+        self._catalogue = catalogue
+        self._created = created
+
+    async def listing(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": list((await self._models(request)).values())})
+
+    async def one(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        models = await self._models(request)
+        if name not in models:
+            raise ModelNotFound(f"The model '{name}' does not exist or is not configured here.", param="model")
+        return web.json_response(models[name])
+
+    async def _models(self, request: web.Request) -> dict[str, dict[str, Any]]:
+        models = {
+            name: {"id": name, "object": "model", "created": self._created, "owned_by": upstream.name}
+            for name, upstream in self._catalogue.exact_models()
+        }
+        listed = await asyncio.gather(*(self._listed(upstream, request) for upstream in self._catalogue.upstreams))
+        for upstream_models in listed:
+            for model in upstream_models:
+                models.setdefault(model["id"], model)
+        return models
+
+    async def _listed(self, upstream: Upstream, request: web.Request) -> list[dict[str, Any]]:
+        patterns = self._catalogue.globs_of(upstream)
+        if not patterns:
+            return []
+        names = CREDENTIAL_HEADERS if upstream.passes_credential else ()
+        try:
+            models = await upstream.models({name: request.headers[name] for name in names if name in request.headers})
+        except UpstreamError as error:
+            log.debug("%s does not list its models: %s", upstream.name, error)
+            return []
+        return [model for model in models if any(fnmatchcase(model["id"], pattern) for pattern in patterns)]
+
+
+def health(store: Store) -> Any:
+    async def handle(request: web.Request) -> web.Response:  # noqa: ARG001
+        """The process lives; the store's state is said, but is no reason to be restarted."""
+        return web.json_response({"status": "ok", "store": "ok" if store.available else "unavailable"})
+
+    return handle
+
+
+async def root(request: web.Request) -> web.Response:  # noqa: ARG001
+    return web.Response(text=_ROOT)
+
+
+async def openapi(request: web.Request) -> web.Response:  # noqa: ARG001
+    return web.json_response(document(__version__))

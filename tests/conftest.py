@@ -1,0 +1,203 @@
+"""Fixtures: a real Redis, a scripted upstream, and the gateway on a real socket with production's options."""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from scripted import ScriptedUpstream
+
+from gateway.app import RUNNER_OPTIONS, SERVICE, build_app, build_router, open_store
+from gateway.config import load
+from gateway.errors import StoreUnavailable
+from gateway.service import Service
+from gateway.store.embedded import server_binary
+from gateway.store.redis import RedisStore
+
+
+def find_redis() -> str | None:
+    """A server that is not the embedded one where there is one: both are what users run."""
+    if found := shutil.which("redis-server") or shutil.which("valkey-server"):
+        return found
+    try:
+        return str(server_binary())
+    except StoreUnavailable:
+        return None
+
+
+class RedisServer:
+    """A real server on a unix socket, to be killed, frozen and restarted by tests."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"unix://{directory}/redis.sock"
+
+    def start(self) -> None:
+        program = find_redis()
+        assert program
+        arguments = ["--port", "0", "--unixsocket", f"{self._directory}/redis.sock", "--save", "", "--dir", str(self._directory)]
+        self._process = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE)
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if b"ready to accept connections" in line.lower():
+                return
+        raise AssertionError("the Redis server did not start")
+
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdout
+            self._process.stdout.close()
+            self._process = None
+
+
+def _needs_redis() -> None:
+    if find_redis() is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI must have a Redis server")
+        pytest.skip("there is no Redis server here")
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One server for the tests that leave it alone; they choose a prefix of their own."""
+    _needs_redis()
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, which it may ill-treat."""
+    _needs_redis()
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def no_task_is_left() -> AsyncIterator[None]:
+    """A task that outlives its test is a leak."""
+    before = asyncio.all_tasks()
+    yield
+    left = {task for task in asyncio.all_tasks() - before - {asyncio.current_task()} if not task.done()}
+    if left:
+        # Transports and servers of the test's own end a turn or two after they are closed.
+        _, left = await asyncio.wait(left, timeout=2.0)
+    assert not left
+
+
+@pytest.fixture
+async def upstream(no_task_is_left: None) -> AsyncIterator[ScriptedUpstream]:
+    scripted = ScriptedUpstream()
+    await scripted.start()
+    yield scripted
+    await scripted.stop()
+    assert not scripted.errors
+
+
+@dataclass
+class Gateway:
+    """A running gateway, and a session to talk to it."""
+
+    origin: str
+    session: aiohttp.ClientSession
+    service: Service
+    store: RedisStore
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.origin}/v1"
+
+    async def post(self, path: str, body: Any, **headers: str) -> "Got":
+        """Posts JSON and reads the answer to its end; ``cache_control="no-store"`` becomes a header."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self.session.post(f"{self.origin}{path}", json=body, headers=sent) as response:
+            return Got(response.status, response.headers, await response.read())
+
+    async def chat(self, content: str = "hi", *, headers: dict[str, str] | None = None, **members: Any) -> "Got":
+        body = {"model": "model-1", "messages": [{"role": "user", "content": content}], **members}
+        async with self.session.post(f"{self.base_url}/chat/completions", json=body, headers=headers) as response:
+            return Got(response.status, response.headers, await response.read())
+
+
+@dataclass
+class Got:
+    """An answer, read to its end."""
+
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def cache_status(self) -> str:
+        return self.headers["Cache-Status"]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[str]:
+        """The data of the stream's events."""
+        return [block.removeprefix("data: ") for block in self.body.decode().split("\n\n") if block.startswith("data:")]
+
+
+StartGateway = Callable[..., Awaitable[Gateway]]
+
+
+@pytest.fixture
+async def start_gateway(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path) -> AsyncIterator[StartGateway]:
+    """Starts a gateway in this process: sections as keyword arguments are laid over the test's defaults."""
+    async with AsyncExitStack() as stack:
+
+        async def start(environ: dict[str, str] | None = None, **sections: Any) -> Gateway:
+            prefix = f"t{os.urandom(6).hex()}"
+            values: dict[str, Any] = {
+                "redis": {"url": shared_redis.url, "prefix": prefix, "lookup_timeout_s": 2.0},
+                "log": {"access": False},
+                "upstreams": [{"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}],
+            }
+            for name, section in sections.items():
+                values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+            empty = tmp_path / "empty.toml"
+            empty.touch()
+            upstreams = {"GATEWAY_UPSTREAMS": json.dumps(values.pop("upstreams"))}
+            loaded = load(empty, {**upstreams, **(environ or {})}, values)
+            return await run_gateway(stack, loaded)
+
+        yield start
+
+
+async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
+    """The application as `gateway.app.serve` runs it, but for its signals."""
+    router = build_router(loaded.config, loaded.secrets)
+    for each in router.upstreams:
+        stack.push_async_callback(each.close)
+    store, _ = await open_store(stack, loaded)
+    app = build_app(loaded.config, store, router)
+    runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    session = await stack.enter_async_context(aiohttp.ClientSession())
+    return Gateway(f"http://127.0.0.1:{port}", session, app[SERVICE], store)
