@@ -19,7 +19,7 @@ from gateway.core.pacing import Pace, due_by
 from gateway.core.policy import StoreRules
 from gateway.core.recording import Frame, Identity, MalformedChunk, Meta, Recorder, Recording, body_spans
 from gateway.errors import GatewayError, ShuttingDown, StoreError, UpstreamBroke, UpstreamReported
-from gateway.ports import Answer, Call, Clock, Store, Upstream
+from gateway.ports import Call, Clock, Store, Upstream
 
 log = logging.getLogger(__name__)
 
@@ -402,8 +402,6 @@ class Flights:
         except Exception:  # a bug of ours, or of an upstream's library: no reader may wait for ever because of it
             log.exception("the pump of %r broke", flight)
             flight.close(Failed(GatewayError("The gateway failed to read the answer.")))
-        else:
-            await self._keep(flight, plan)
         finally:
             self._retire(flight, plan.key)
 
@@ -425,25 +423,32 @@ class Flights:
         began = self._clock.monotonic()
         async with plan.upstream.ask(plan.call) as answer:
             flight.land_head(answer.headers)
-            if answer.whole is not None:
-                flight.take_whole(answer.whole, self._us_since(began))
-                done = True
-            else:
-                done = await self._follow(flight, answer, began)
-            if not done and not self._finished(flight, plan):
-                raise UpstreamBroke("The upstream's stream ended before the answer was complete.")
-            flight.close(Complete())
+            if answer.batches is None:
+                flight.take_whole(answer.whole or b"", self._us_since(began))
+                self._complete(flight, plan)
+                await self._keep(flight, plan)
+                return
+            async with aclosing(answer.batches) as batches:
+                done = await self._follow(flight, batches, began)
+                if not done and not self._finished(flight, plan):
+                    raise UpstreamBroke("The upstream's stream ended before the answer was complete.")
+                self._complete(flight, plan)
+                await asyncio.gather(self._keep(flight, plan), _drain(batches))
 
-    async def _follow(self, flight: Flight, answer: Answer, began: float) -> bool:
+    async def _follow(self, flight: Flight, batches: AsyncIterator[list[bytes]], began: float) -> bool:
         """Appends what comes, until ``[DONE]`` (true) or the end."""
-        assert answer.batches is not None  # noqa: S101  # an answer is streamed or whole
-        async with aclosing(answer.batches) as batches:
-            async for batch in batches:
-                if flight.append(batch, self._us_since(began)):
-                    flight.close(Complete())
-                    await _drain(batches)
-                    return True
+        async for batch in batches:
+            if flight.append(batch, self._us_since(began)):
+                return True
         return False
+
+    def _complete(self, flight: Flight, plan: Plan) -> None:
+        """Ends the log. From here on newcomers find this flight, if no later one has taken its place."""
+        if plan.key is not None:
+            newest = self._by_key.get(plan.key)
+            if newest is None or newest.started_at <= flight.started_at:
+                self._by_key[plan.key] = flight
+        flight.close(Complete())
 
     def _us_since(self, began: float) -> int:
         return int((self._clock.monotonic() - began) * 1e6)
@@ -467,9 +472,6 @@ class Flights:
         if why_not:
             log.debug("not stored (%s): %r", why_not, flight)
             return
-        newest = self._by_key.get(plan.key)
-        if newest is None or newest.started_at <= flight.started_at:
-            self._by_key[plan.key] = flight
         try:
             body = await flight.whole()
         except UpstreamBroke as error:

@@ -1,0 +1,376 @@
+"""Interleavings of readers, pump and store: no sockets, no sleeps; the test's hand is the upstream."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from fakes import FakeClock, FakeStore, HandUpstream
+from scripted import USAGE, chunk
+
+from gateway.core.apis import CHAT
+from gateway.core.pacing import Pace
+from gateway.core.policy import Directives, StoreRules
+from gateway.errors import NotCached, ShuttingDown, UpstreamBroke, UpstreamRefused, UpstreamReported
+from gateway.flight import FlightReader, Flights, RecordingReader
+from gateway.service import CacheRules, Opened, Request, Service
+from gateway.upstreams.router import Route
+
+IDLE_S = 30.0
+DONE = b"[DONE]"
+OPENING = chunk({"role": "assistant", "content": ""})
+HELLO = chunk({"content": "Hello"})
+WORLD = chunk({"content": " world"})
+STOP = chunk({}, "stop")
+TAIL = {**chunk({}), "choices": [], "usage": USAGE}
+
+
+class OneRoute:
+    def __init__(self, upstream: HandUpstream) -> None:
+        self._upstream = upstream
+
+    def route(self, model: str) -> Route:
+        return Route(self._upstream, model)
+
+
+class Bench:
+    """A service whose ports are all in the test's hand."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.clock, self.store, self.upstream = FakeClock(), FakeStore(), HandUpstream()
+        rules = StoreRules(frozenset({"stop", "tool_calls"}), max_recording_bytes=100_000)
+        self.flights = Flights(self.store, rules, self.clock)
+        cache = CacheRules(enabled=True, shared=True, ttl_s=60, ignored_paths=(), fresh_identity=False, pace=pace)
+        self.service = Service(OneRoute(self.upstream), self.store, self.flights, cache, self.clock)
+
+    async def open(self, *, stream: bool = True, control: str = "", **members: object) -> Opened:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream, **members}
+        return await self.service.open(Request(CHAT, body, {}, Directives.parse(control)))
+
+    async def asked(self, calls: int = 1) -> None:
+        """Lets the pump run until the upstream has been called so often."""
+        while len(self.upstream.calls) < calls:
+            await asyncio.sleep(0)
+
+    async def landed(self) -> None:
+        """Lets the flights end and their recordings reach the store."""
+        while len(self.flights):
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def bench(no_task_is_left: None) -> AsyncIterator[Bench]:
+    bench = Bench(Pace())
+    yield bench
+    await bench.service.close()
+
+
+async def read_all(opened: Opened) -> bytes:
+    parts = []
+    while data := await opened.reader.next(IDLE_S):
+        parts.append(data)
+    return b"".join(parts)
+
+
+async def test_each_reader_gets_every_frame_whenever_it_joins(bench):
+    first = await bench.open()
+    await bench.asked()
+    bench.upstream.say(OPENING, HELLO)
+    seen = await first.reader.next(IDLE_S)
+    late = await bench.open()
+    assert (first.disposition.kind, late.disposition.kind) == ("miss", "collapsed")
+    assert await late.reader.next(IDLE_S) == seen
+    bench.upstream.say(WORLD, STOP, DONE)
+    rest = await first.reader.next(IDLE_S)
+    assert first.reader.at_end
+    after_the_end = await bench.open()
+    assert await late.reader.next(IDLE_S) == rest
+    assert await read_all(after_the_end) == seen + rest
+    assert len(bench.upstream.calls) == 1
+
+
+async def test_a_reader_that_leaves_disturbs_nobody(bench):
+    first, second = await bench.open(), await bench.open()
+    await bench.asked()
+    bench.upstream.say(OPENING)
+    await first.reader.next(IDLE_S)
+    waiting = asyncio.ensure_future(first.reader.next(IDLE_S))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    bench.service.leave(first)
+    bench.upstream.say(HELLO, STOP, DONE)
+    assert b"Hello" in await read_all(second)
+    assert second.reader.error is None
+
+
+async def test_a_storable_flight_is_finished_for_the_store_when_all_have_left(bench):
+    opened = await bench.open()
+    await bench.asked()
+    bench.service.leave(opened)
+    bench.upstream.say(OPENING, HELLO, STOP, DONE)
+    bench.upstream.end()
+    await bench.landed()
+    assert len(bench.store.recordings) == 1
+
+
+async def test_a_flight_that_is_not_to_be_stored_is_ended_when_all_have_left(bench):
+    opened = await bench.open(control="no-store")
+    await bench.asked()
+    bench.service.leave(opened)
+    await bench.landed()
+    assert bench.upstream.closed == 1
+    assert bench.store.lookups == 0
+
+
+async def test_no_store_and_no_cache_never_collapse(bench):
+    opened = [await bench.open(), await bench.open(control="no-store"), await bench.open(control="no-cache")]
+    await bench.asked(3)
+    assert [each.disposition.kind for each in opened] == ["miss", "bypass", "miss"]
+
+
+async def test_no_cache_replaces_the_entry_and_newcomers_get_the_new_one(bench):
+    await bench.open()
+    await bench.asked()
+    bench.upstream.say(HELLO, STOP, DONE)
+    bench.upstream.end()
+    await bench.landed()
+    bench.clock.time_s += 1
+    again = await bench.open(control="no-cache")
+    await bench.asked(2)
+    bench.store.write_gate = asyncio.Event()
+    bench.upstream.say(WORLD, STOP, DONE)
+    assert b"world" in await read_all(again)
+    newcomer = await bench.open()
+    assert newcomer.disposition.kind == "hit"
+    assert b"world" in await read_all(newcomer)
+    bench.store.write_gate.set()
+    bench.upstream.end()
+
+
+async def test_a_lookup_that_left_before_the_recording_landed_still_finds_it(bench):
+    first = await bench.open()
+    await bench.asked()
+    bench.flights._by_key.clear()  # as on another replica, or before this one began
+    bench.store.gate = asyncio.Event()
+    looking = asyncio.ensure_future(bench.open())
+    while bench.store.lookups < 2:
+        await asyncio.sleep(0)
+    bench.upstream.say(HELLO, STOP, DONE)
+    bench.upstream.end()
+    await read_all(first)
+    await bench.landed()
+    bench.store.gate.set()
+    late = await looking
+    assert late.disposition.kind == "hit"
+    assert len(bench.upstream.calls) == 1
+
+
+async def test_what_has_ended_but_not_yet_landed_is_a_hit(bench):
+    first = await bench.open()
+    await bench.asked()
+    bench.store.write_gate = asyncio.Event()
+    bench.upstream.say(HELLO, STOP, DONE)
+    stream = await read_all(first)
+    second = await bench.open()
+    whole = await bench.open(stream=False)
+    assert (second.disposition.kind, whole.disposition.kind) == ("hit", "hit")
+    assert await read_all(second) == stream
+    assert b'"Hello"' in await whole.reader.whole()
+    bench.store.write_gate.set()
+    bench.upstream.end()
+
+
+async def test_a_refusal_before_the_head_reaches_every_reader_as_what_it_is(bench):
+    bench.upstream.headless = True
+    first, second, whole = await bench.open(), await bench.open(), await bench.open(stream=False)
+    await bench.asked()
+    bench.upstream.land(UpstreamRefused(429, b"{}", "application/json", {"retry-after": "3"}))
+    for opened in (first, second):
+        with pytest.raises(UpstreamRefused):
+            await opened.reader.head(IDLE_S)
+    with pytest.raises(UpstreamRefused):
+        await whole.reader.whole()
+    assert (await bench.open()).disposition.kind == "miss"
+
+
+async def test_a_head_that_is_late_is_not_waited_for(bench):
+    bench.upstream.headless = True
+    opened = await bench.open()
+    await bench.asked()
+    assert await opened.reader.head(0.001) is None
+    bench.upstream.land()
+    assert await opened.reader.head(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        ([[OPENING, {"error": {"message": "no"}}]], UpstreamReported),
+        ([[OPENING, b'{"choices": [']], UpstreamBroke),
+        ([[OPENING, HELLO]], UpstreamBroke),
+        ([[DONE]], UpstreamBroke),
+        ([], UpstreamBroke),
+    ],
+)
+async def test_what_ends_badly_fails_for_all_and_is_not_stored(bench, batches, error):
+    opened, whole = await bench.open(), await bench.open(stream=False)
+    await bench.asked()
+    for batch in batches:
+        bench.upstream.say(*batch)
+    bench.upstream.end()
+    data = await read_all(opened)
+    assert isinstance(opened.reader.error, error)
+    assert (b'"assistant"' in data) == any(OPENING in batch for batch in batches)
+    with pytest.raises(error):
+        await whole.reader.whole()
+    await bench.landed()
+    assert not bench.store.recordings
+
+
+@pytest.mark.parametrize(
+    ("chunks", "stored"),
+    [
+        ([HELLO, STOP], True),
+        ([HELLO, chunk({}, "content_filter")], False),
+        ([HELLO, chunk({}, "length")], False),
+        ([HELLO], False),
+        ([chunk({"content": "x" * 100_001}), STOP], False),
+    ],
+)
+async def test_only_a_proven_complete_and_storable_answer_is_stored(bench, chunks, stored):
+    opened = await bench.open()
+    await bench.asked()
+    bench.upstream.say(*chunks, DONE)
+    bench.upstream.end()
+    await read_all(opened)
+    assert opened.reader.error is None
+    await bench.landed()
+    assert bool(bench.store.recordings) == stored
+
+
+async def test_every_choice_must_have_ended_before_an_answer_is_stored(bench):
+    opened = await bench.open(n=2)
+    await bench.asked()
+    bench.upstream.say(HELLO, STOP, chunk({"content": "x"}, index=1), DONE)
+    bench.upstream.end()
+    await read_all(opened)
+    await bench.landed()
+    assert not bench.store.recordings
+
+
+async def test_an_end_without_done_is_complete_if_every_choice_has_ended(bench):
+    opened = await bench.open()
+    await bench.asked()
+    bench.upstream.say(HELLO, STOP, TAIL)
+    bench.upstream.end()
+    await read_all(opened)
+    assert opened.reader.error is None
+    await bench.landed()
+    assert len(bench.store.recordings) == 1
+
+
+async def test_usage_reaches_only_who_asked_for_it(bench):
+    plain = await bench.open()
+    asking = await bench.open(stream_options={"include_usage": True})
+    await bench.asked()
+    bench.upstream.say({**HELLO, "usage": None}, {**STOP, "usage": None}, TAIL, DONE)
+    assert b"usage" not in await read_all(plain)
+    assert (await read_all(asking)).count(b'"usage"') == 3
+
+
+async def test_only_if_cached_never_asks_the_model_but_may_follow_one_who_did(bench):
+    with pytest.raises(NotCached):
+        await bench.open(control="only-if-cached")
+    assert not bench.upstream.calls
+    await bench.open()
+    follower = await bench.open(control="only-if-cached")
+    assert follower.disposition.kind == "collapsed"
+
+
+async def test_a_broken_store_is_nobodys_fault(bench):
+    bench.store.broken = True
+    opened = await bench.open()
+    assert opened.disposition.detail == "store-unavailable"
+    await bench.asked()
+    bench.upstream.say(HELLO, STOP, DONE)
+    bench.upstream.end()
+    assert b"Hello" in await read_all(opened)
+    await bench.landed()
+
+
+async def test_closing_tells_every_reader(bench):
+    opened, whole = await bench.open(), await bench.open(stream=False)
+    await bench.asked()
+    bench.upstream.say(HELLO)
+    await opened.reader.next(IDLE_S)
+    await bench.service.close()
+    assert await opened.reader.next(IDLE_S) == b""
+    assert isinstance(opened.reader.error, ShuttingDown)
+    with pytest.raises(ShuttingDown):
+        await whole.reader.whole()
+
+
+async def test_a_bug_in_an_upstream_ends_its_flight_for_all(bench, caplog):
+    opened = await bench.open()
+    await bench.asked()
+    bench.upstream.fail(ZeroDivisionError("a bug"))
+    assert await opened.reader.next(IDLE_S) == b""
+    assert opened.reader.error
+    assert "a bug" not in opened.reader.error.message
+    assert "a bug" in caplog.text
+
+
+async def test_an_idle_stream_says_so(bench):
+    opened = await bench.open()
+    await bench.asked()
+    assert await opened.reader.next(0.001) is None
+    bench.upstream.say(HELLO)
+    assert b"Hello" in (await opened.reader.next(IDLE_S) or b"")
+
+
+async def test_a_whole_answer_is_assembled_once_for_all_who_want_it(bench):
+    readers = [await bench.open(stream=False) for _ in range(3)]
+    await bench.asked()
+    bench.upstream.say(OPENING, HELLO, WORLD, STOP, TAIL, DONE)
+    bodies = await asyncio.gather(*(opened.reader.whole() for opened in readers))
+    assert bodies[0] is bodies[1] is bodies[2]
+    assert isinstance(readers[0].reader, FlightReader)
+    assert b"Hello world" in bodies[0]
+
+
+async def test_a_paced_replay_sends_each_frame_when_it_is_due_and_all_that_are_due_together():
+    bench = Bench(Pace("fixed", frames_per_s=1000))
+    await bench.open()
+    await bench.asked()
+    bench.upstream.say(OPENING, HELLO, WORLD, STOP, DONE)
+    bench.upstream.end()
+    await bench.landed()
+    opened = await bench.open()
+    reader = opened.reader
+    assert isinstance(reader, RecordingReader)
+    assert reader.at_once() is None
+    assert await reader.next(0.0001) is None
+    bench.clock.time_s += 0.0021
+    data = await reader.next(IDLE_S)
+    assert data is not None
+    assert data.count(b"data: ") == 2
+    bench.clock.time_s += 1
+    assert (await reader.next(IDLE_S) or b"").count(b"data: ") == 2
+    assert reader.at_end
+    await bench.service.close()
+
+
+async def test_an_interrupted_replay_ends_with_an_error():
+    bench = Bench(Pace("fixed", frames_per_s=0.001))
+    await bench.open()
+    await bench.asked()
+    bench.upstream.say(OPENING, STOP, DONE)
+    bench.upstream.end()
+    await bench.landed()
+    streamed, whole = await bench.open(), await bench.open(stream=False)
+    waiting = [asyncio.ensure_future(streamed.reader.next(IDLE_S)), asyncio.ensure_future(whole.reader.whole())]
+    await asyncio.sleep(0)
+    await bench.service.close()
+    data, error = await asyncio.gather(*waiting, return_exceptions=True)
+    assert data == b""
+    assert isinstance(streamed.reader.error, ShuttingDown)
+    assert isinstance(error, ShuttingDown)
