@@ -29,6 +29,7 @@ from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
 from gateway.service import CacheRules, Service
 from gateway.store.embedded import EmbeddedServer
+from gateway.store.in_process import in_process_redis
 from gateway.store.redis import RedisStore, connect
 from gateway.upstreams.router import Router
 
@@ -65,13 +66,6 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
     secret = loaded.secrets.get(loaded.config.cache.key_secret_env)
     store = RedisStore(client or connect(config, url), config, secret=secret.encode() if secret else None)
     return await stack.enter_async_context(store), described
-
-
-def in_process_redis() -> Any:
-    """The store of last resort. Imported late: it is slow to load, and seldom needed."""
-    from fakeredis.aioredis import FakeRedis  # noqa: PLC0415
-
-    return FakeRedis()
 
 
 def without_password(url: str) -> str:
