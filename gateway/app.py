@@ -1,12 +1,12 @@
 """The composition root: the only file that names concrete classes together."""
 
 import asyncio
+import gc
 import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -36,7 +36,7 @@ from gateway.upstreams.router import Router
 log = logging.getLogger(__name__)
 
 SERVICE = web.AppKey("service", Service)
-STORE = web.AppKey("store", RedisStore)
+RUNNING = web.AppKey("running", edge.Running)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
 RUNNER_OPTIONS: dict[str, Any] = {"handler_cancellation": True, "access_log": None, "keepalive_timeout": 75.0}
 _BACKLOG = 4096
@@ -53,10 +53,10 @@ class SystemClock:
 async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore, str]:
     """The configured store, entered on ``stack``, and a word on what it is."""
     config = loaded.config.redis
-    url, described = config.url, without_password(config.url)
+    url, described = config.url, config.shown_url
     client = None
     if url == "embedded":
-        directory = Path(config.embedded_dir) if config.embedded_dir else None
+        directory = loaded.cache_dir / config.embedded_dir if config.embedded_dir else None
         try:
             server = await stack.enter_async_context(EmbeddedServer(directory, config.embedded_max_bytes))
             url, described = server.url, f"embedded Valkey ({server.described})"
@@ -68,31 +68,25 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
     return await stack.enter_async_context(store), described
 
 
-def without_password(url: str) -> str:
-    """A URL fit for a log."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if rest else url
-
-
-def build_upstream(config: UpstreamConfig, secrets: Any) -> Upstream:
+def build_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
     """Each kind is imported only where it is configured: LangChain must cost a plain start nothing."""
     if isinstance(config, OpenAIUpstreamConfig):
         from gateway.upstreams.openai import OpenAIUpstream  # noqa: PLC0415
 
-        return OpenAIUpstream(config, secrets.get(config.api_key_env))
+        return OpenAIUpstream(config, loaded.secrets.get(config.api_key_env), loaded.proxies.get(config.name))
     if isinstance(config, LangChainUpstreamConfig):
         from gateway.upstreams.langchain import LangChainUpstream  # noqa: PLC0415
 
-        return LangChainUpstream(config, secrets)
+        return LangChainUpstream(config, loaded.secrets)
     from gateway.upstreams.simulated import SimulatedUpstream  # noqa: PLC0415
 
     return SimulatedUpstream(config)
 
 
-def build_router(config: Config, secrets: Any) -> Router:
+def build_router(loaded: Loaded) -> Router:
     """Raises `ConfigError` where an upstream cannot be made."""
-    configs = config.upstreams or (FALLBACK_UPSTREAM,)
-    return Router([(upstream, build_upstream(upstream, secrets)) for upstream in configs])
+    configs = loaded.config.upstreams or (FALLBACK_UPSTREAM,)
+    return Router([(upstream, build_upstream(upstream, loaded)) for upstream in configs])
 
 
 def build_app(config: Config, store: Store, router: Router) -> web.Application:
@@ -100,7 +94,9 @@ def build_app(config: Config, store: Store, router: Router) -> web.Application:
     clock = SystemClock()
     access_log = AccessLog()
     sinks: list[Sink] = [access_log] if config.log.access else []
-    app = web.Application(middlewares=[edge.middleware(sinks)], client_max_size=config.server.max_body_bytes)
+    running = edge.Running()
+    app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
+    app[RUNNING] = running
     flights = Flights(store, StoreRules(config.cache.finish_reasons, config.cache.max_recording_bytes), clock)
     app[SERVICE] = Service(router, store, flights, _cache_rules(config), clock)
     _add_routes(app, config, store, router)
@@ -137,7 +133,7 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     app.router.add_get("/v1/models/{model:.+}", models.one)
     own["models"] = ["GET", "HEAD"]
     app.router.add_get("/healthz", small.health(store))
-    app.router.add_get("/openapi.json", small.openapi)
+    app.router.add_get("/openapi.json", small.openapi(server.relay_paths))
     app.router.add_get("/", small.root)
     relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
     app.router.add_route("*", "/v1/{path:.*}", relay.handler())
@@ -159,7 +155,7 @@ async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        router = build_router(config, loaded.secrets)
+        router = build_router(loaded)
         for upstream in router.upstreams:
             stack.push_async_callback(upstream.close)
         store, store_described = await open_store(stack, loaded)
@@ -170,23 +166,18 @@ async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=_BACKLOG)
         await site.start()
         announce(_announcement(runner, config, store_described))
+        gc.freeze()  # what is loaded by now stays: the collector need not look at it again
         await stop.wait()
-        await _drain(site, runner, config.server.shutdown_grace_s)
+        await _drain(site, app[RUNNING], config.server.shutdown_grace_s)
         await app[SERVICE].close()
 
 
-async def _drain(site: web.TCPSite, runner: web.AppRunner, grace_s: float) -> None:
+async def _drain(site: web.TCPSite, running: edge.Running, grace_s: float) -> None:
     """Takes no more connections, and lets running answers end within the grace."""
     await site.stop()
-    server = runner.server
     with suppress(TimeoutError):
         async with asyncio.timeout(grace_s):
-            while server and any(_busy(connection) for connection in server.connections):
-                await asyncio.sleep(0.02)  # noqa: ASYNC110  # aiohttp gives no event for it
-
-
-def _busy(connection: Any) -> bool:
-    return connection._current_request is not None  # noqa: SLF001  # aiohttp tells it nobody else's way
+            await running.ended()
 
 
 def _announcement(runner: web.AppRunner, config: Config, store: str) -> str:
@@ -211,5 +202,3 @@ def _described(upstream: UpstreamConfig) -> str:
     if isinstance(upstream, LangChainUpstreamConfig):
         return f"{upstream.target} for {serves}"
     return f"a simulated model for {serves}"
-
-

@@ -81,14 +81,14 @@ def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
 
 
 def _check(loaded: Loaded) -> int:
-    from gateway.app import build_router, describe_upstreams, without_password  # noqa: PLC0415
+    from gateway.app import build_router, describe_upstreams  # noqa: PLC0415
 
     config = loaded.config
-    asyncio.run(_try_upstreams(lambda: build_router(config, loaded.secrets)))
+    asyncio.run(_try_upstreams(lambda: build_router(loaded)))
     server, cache = config.server, config.cache
     print(f"configuration: {loaded.source}")  # noqa: T201
     print(f"would listen on http://{server.host}:{server.port}/v1")  # noqa: T201
-    print(f"cache: {without_password(config.redis.url) if cache.enabled else 'off'}, kept for {cache.ttl_s:g} s")  # noqa: T201
+    print(f"cache: {config.redis.shown_url if cache.enabled else 'off'}, kept for {cache.ttl_s:g} s")  # noqa: T201
     print(describe_upstreams(config))  # noqa: T201
     print("ok")  # noqa: T201
     return 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed does not know it
 
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -20,6 +21,7 @@ from gateway.errors import ConfigError
 
 DEFAULT_PATH = Path("config.toml")
 PREFIX = "GATEWAY_"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def _is_set(name: str, info: ValidationInfo) -> str:
@@ -51,7 +53,7 @@ class ServerConfig(_Section):
     head_after_s: Seconds = 5.0
     keepalive_s: Seconds = 10.0
     write_timeout_s: Seconds = 60.0
-    shutdown_grace_s: SecondsOrZero = 10.0
+    shutdown_grace_s: SecondsOrZero = 7.0
     relay_paths: tuple[Annotated[str, Field(pattern=r"^[^/\s]\S*$")], ...] = ("embeddings", "moderations")
     relay_upstream: str = ""
 
@@ -215,6 +217,8 @@ class Loaded:
     source: str
     cache_dir: Path
     """The user's folder for cached data."""
+    proxies: Mapping[str, str] = field(repr=False)
+    """The HTTP proxies that the environment prescribes (``HTTPS_PROXY``, ``NO_PROXY`` …), by the upstreams' names."""
 
 
 def load(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapping[str, Any]] | None = None) -> Loaded:
@@ -242,7 +246,7 @@ def load(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapp
     )
     warnings = tuple(f"{variable} is set but names no key of the configuration: ignored" for variable in unknown)
     cache_dir = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or ".") / ".cache") / "gateway"
-    return Loaded(config, secrets, warnings, source, cache_dir)
+    return Loaded(config, secrets, warnings, source, cache_dir, _proxies(config, environ))
 
 
 def _read(path: Path | None) -> tuple[dict[str, Any], str]:
@@ -347,6 +351,21 @@ def _problem(detail: ErrorDetails, settings: Mapping[str, str]) -> str:
     message = _WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
     source = f" (from {variable})" if variable in settings else ""
     return f"{'.'.join(path)}: {message}{source}"
+
+
+def _proxies(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
+    schemes = ("http", "https", "all", "no")
+    named = {scheme: environ.get(f"{scheme}_proxy") or environ.get(f"{scheme}_proxy".upper()) for scheme in schemes}
+    proxies = {scheme: value for scheme, value in named.items() if value}
+    found = {}
+    for upstream in config.upstreams:
+        if isinstance(upstream, OpenAIUpstreamConfig):
+            url = urlsplit(upstream.base_url)
+            proxy = proxies.get(url.scheme) or proxies.get("all")
+            host = url.hostname or ""
+            if proxy and host not in _LOOPBACK and not proxy_bypass_environment(host, proxies):
+                found[upstream.name] = proxy
+    return found
 
 
 def _secret_names(config: Config) -> Iterator[str]:

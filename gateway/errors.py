@@ -5,6 +5,7 @@ Every error that may reach a caller knows its HTTP status and OpenAI's ``type`` 
 reaches the edge and is not a `GatewayError` is a bug, and answers 500.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -96,6 +97,14 @@ class UpstreamRefused(UpstreamError):
         self.status = status
         self.content = content
         self.content_type = content_type
+
+    def body(self) -> dict[str, Any]:
+        """The upstream's own error object, where it sent one: what a stream's error event shows."""
+        try:
+            sent = json.loads(self.content)
+        except ValueError:
+            return super().body()
+        return {"error": sent["error"]} if isinstance(sent, dict) and isinstance(sent.get("error"), dict) else super().body()
 
 
 class UpstreamReported(UpstreamError):

@@ -28,7 +28,7 @@ Sink = Callable[[RequestDetails], None]
 
 
 class AccessLog:
-    """One line a request on standard error. They leave together a few times a second: a write each would cost as a hit does."""
+    """One line a request on standard error. They leave together, a few times a second: a write each costs as a hit does."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []

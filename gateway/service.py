@@ -11,8 +11,9 @@ from gateway.core.pacing import Pace
 from gateway.core.policy import NO_DIRECTIVES, Directives, Disposition, age_s, remaining_s
 from gateway.core.recording import Identity, Recording
 from gateway.errors import InvalidRequest, NotCached, ShuttingDown, StoreError, StoreUnavailable, Unavailable
-from gateway.flight import Flight, FlightReader, Flights, Plan, Reader, RecordingReader
+from gateway.flight import Flight, Flights, Plan
 from gateway.ports import Call, Clock, Store, Upstream
+from gateway.reader import FlightReader, Reader, RecordingReader
 
 # What a caller identifies itself with. It goes upstream only where the upstream has no key of its own.
 CREDENTIAL_HEADERS = ("authorization", "api-key", "x-api-key", "openai-organization", "openai-project")
@@ -204,5 +205,3 @@ class Service:
         joinable = not request.directives.no_cache
         flight = self._flights.start(Plan(call, upstream, key, joinable=joinable, ttl_s=self._rules.ttl_s))
         return Opened(FlightReader(flight, usage=request.usage), disposition, route.model, upstream.name)
-
-

@@ -134,9 +134,34 @@ class Gateway:
             return Got(response.status, response.headers, await response.read())
 
     async def chat(self, content: str = "hi", *, headers: dict[str, str] | None = None, **members: Any) -> "Got":
-        body = {"model": "model-1", "messages": [{"role": "user", "content": content}], **members}
-        async with self.session.post(f"{self.base_url}/chat/completions", json=body, headers=headers) as response:
+        async with self.opened(content, headers=headers, **members) as response:
             return Got(response.status, response.headers, await response.read())
+
+    def opened(self, content: str = "hi", *, headers: dict[str, str] | None = None, **members: Any) -> Any:
+        """The same, as a context: the answer is there as soon as its head is."""
+        body = {"model": "model-1", "messages": [{"role": "user", "content": content}], **members}
+        return self.session.post(f"{self.base_url}/chat/completions", json=body, headers=headers)
+
+    async def landed(self) -> None:
+        """Waits until no upstream call is running, and all that is to be stored is."""
+        await asyncio.gather(*self.service._flights._tasks, return_exceptions=True)
+
+    async def stores(self, content: str = "hi", *, headers: dict[str, str] | None = None, **members: Any) -> bool:
+        """Whether the answer to this is stored."""
+        await self.landed()
+        got = await self.chat(content, headers={**(headers or {}), "Cache-Control": "only-if-cached"}, **members)
+        assert got.status in (200, 504)
+        return got.status == 200
+
+
+async def next_block(response: aiohttp.ClientResponse) -> str:
+    """The next event or comment of a stream, as soon as it is there; empty at the end."""
+    block = b""
+    while line := await response.content.readline():
+        if line == b"\n":
+            break
+        block += line
+    return block.decode().rstrip("\n")
 
 
 @dataclass
@@ -189,7 +214,7 @@ async def start_gateway(shared_redis: RedisServer, upstream: ScriptedUpstream, t
 
 async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
     """The application as `gateway.app.serve` runs it, but for its signals."""
-    router = build_router(loaded.config, loaded.secrets)
+    router = build_router(loaded)
     for each in router.upstreams:
         stack.push_async_callback(each.close)
     store, _ = await open_store(stack, loaded)

@@ -151,6 +151,8 @@ class ScriptedUpstream:
     def __init__(self) -> None:
         self.script: Script = say_hello
         self.asked: list[Asked] = []
+        self.on_body: Callable[[bytes], object] = lambda body: None
+        """Told what has come of a chunked body, piece by piece."""
         self.errors: list[BaseException] = []
         self._gates: dict[str, Gate] = {}
         self._server: asyncio.Server | None = None
@@ -230,5 +232,6 @@ class ScriptedUpstream:
         elif headers.get("transfer-encoding") == "chunked":
             while size := int(await reader.readline(), 16):
                 body += (await reader.readexactly(size + 2))[:-2]
+                self.on_body(body)
             await reader.readline()
         return Asked(method, path, headers, body, writer, self)

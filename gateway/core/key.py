@@ -16,7 +16,9 @@ _KEY_BYTES = 20
 _TENANT_BYTES = 16
 
 
-def cache_key(secret: bytes, *, owner: str, api: Api, route: Sequence[str], body: Json, ignored: Iterable[str] = ()) -> CacheKey:
+def cache_key(  # noqa: PLR0913  # they are what a key is made of
+    secret: bytes, *, owner: str, api: Api, route: Sequence[str], body: Json, ignored: Iterable[str] = ()
+) -> CacheKey:
     """The key of a request.
 
     ``owner`` is the tenant or namespace; ``route`` names upstream and model; ``body`` is the parsed request;
@@ -27,7 +29,7 @@ def cache_key(secret: bytes, *, owner: str, api: Api, route: Sequence[str], body
 
 
 def canonical_text(api: Api, body: Json, ignored: Iterable[str] = ()) -> bytes:
-    """The canonical form of a request, as JSON text."""
+    """The canonical form of a validated request, as JSON text."""
     for path in ignored:
         body = without_path(body, path.split("."))
     return orjson.dumps(api.canonical(body))
@@ -52,7 +54,7 @@ def without_path(value: Any, path: Sequence[str]) -> Any:
     """``value`` without what ``path`` names; only what changes is copied."""
     name, *rest = path
     if isinstance(value, list):
-        at = int(name) if name.isdigit() else None
+        at = int(name) if name.isdecimal() else None
         if not rest:
             return [item for place, item in enumerate(value) if name != "*" and place != at]
         return [without_path(item, rest) if name == "*" or place == at else item for place, item in enumerate(value)]

@@ -1,12 +1,17 @@
 """What may be read, what may be stored, and how to say which it was (RFC 9111, RFC 9211)."""
 
-from collections.abc import Collection, Mapping
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from gateway.core.recording import Meta
 
 _NAME = "gateway"
+
+# A comma inside a quoted argument separates nothing.
+_DIRECTIVE = re.compile(r'([^\s,="]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,]*))?')
 
 DispositionKind = Literal["hit", "miss", "collapsed", "bypass"]
 
@@ -25,9 +30,8 @@ class Directives:
     def parse(cls, header: str) -> "Directives":
         """Unknown directives are ignored; an age that is no number allows nothing (RFC 9111 4.2.1)."""
         found: dict[str, str] = {}
-        for part in header.split(","):
-            name, _, value = part.strip().partition("=")
-            found.setdefault(name.strip().lower(), value.strip().strip('"'))
+        for name, value in _DIRECTIVE.findall(header):
+            found.setdefault(name.lower(), value.strip('"'))
         return cls(
             no_cache="no-cache" in found,
             no_store="no-store" in found,
@@ -58,7 +62,7 @@ def age_s(meta: Meta, now: float) -> int:
 
 def remaining_s(meta: Meta, now: float) -> int:
     """Whole seconds for which the answer stays fresh."""
-    return int(meta.written_at + meta.ttl_s - now)
+    return math.floor(meta.written_at + meta.ttl_s - now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +79,12 @@ class StoreRules:
         """
         if size_bytes > self.max_recording_bytes:
             return "too-large"
-        if len(reasons) < choices or not _covers(reasons, choices):
+        if any(index not in reasons for index in range(choices)):
             return "incomplete"
         for reason in reasons.values():
             if reason not in self.finish_reasons or (reason == "length" and not limits_tokens) or reason == "content_filter":
                 return "finish-reason"
         return None
-
-
-def _covers(reasons: Collection[int], choices: int) -> bool:
-    return all(index in reasons for index in range(choices))
 
 
 @dataclass(frozen=True, slots=True)

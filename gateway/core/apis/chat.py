@@ -1,11 +1,11 @@
 """Chat completions: ``POST /v1/chat/completions``."""
 
 import base64
-import binascii
 from collections.abc import Iterator
 from typing import Any
 
 from gateway.core.apis.base import (
+    IGNORED_IN_MESSAGES,
     Api,
     Envelope,
     Json,
@@ -14,9 +14,12 @@ from gateway.core.apis.base import (
     canonical_members,
     check,
     check_common,
+    keep_last,
     merge,
     normalise,
+    numbered,
     one_or_many,
+    split_answer,
     tokens,
 )
 
@@ -34,9 +37,9 @@ def _message(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     return {
-        name: normalise(value) if name in _MESSAGE_MEMBERS else value
+        name: normalise(message[name], IGNORED_IN_MESSAGES) if name in _MESSAGE_MEMBERS else message[name]
         for name in sorted(message)
-        if (value := message[name]) is not None or name not in _MESSAGE_MEMBERS
+        if name != IGNORED_IN_MESSAGES and (message[name] is not None or name not in _MESSAGE_MEMBERS)
     }
 
 
@@ -74,43 +77,61 @@ class _Choice:
         self.audio_parts: list[str] = []
 
     def add(self, choice: Json) -> None:
-        delta = choice.get("delta")
-        members = {name: value for name, value in choice.items() if name not in ("delta", "index")}
-        merge(self.members, members)
-        self.members.update((name, None) for name in members if name not in self.members)
-        if isinstance(delta, dict):
-            self._add_delta(dict(delta))
+        for name, value in choice.items():
+            if name == "delta":
+                self._add_delta(value if isinstance(value, dict) else {})
+            elif name == "logprobs":
+                merge(self.members, {name: value})
+            elif name != "index":
+                keep_last(self.members, name, value)
 
     def _add_delta(self, delta: Json) -> None:
-        calls = delta.pop("tool_calls", None)
-        for place, call in enumerate(calls if isinstance(calls, list) else ()):
-            if isinstance(call, dict):
-                self._add_tool_call(dict(call), place)
+        if calls := delta.get("tool_calls"):
+            self._add_tool_calls(calls)
+            delta["tool_calls"] = []  # a place among the message's members, filled in `body`
         audio = delta.get("audio")
         if isinstance(audio, dict) and isinstance(data := audio.get("data"), str):
             self.audio_parts.append(data)
+        content, more = self.message.get("content"), delta.get("content")
+        if content and more and (isinstance(content, list) or isinstance(more, list)):
+            self.message["content"] = _join_parts(_as_parts(content), _as_parts(delta.pop("content")))
         merge(self.message, delta)
-        for name in delta:
-            self.message.setdefault(name, None)
 
-    def _add_tool_call(self, call: Json, place: int) -> None:
-        index = call.pop("index", None)
-        index = index if isinstance(index, int) else place
-        merge(self.tool_calls.setdefault(index, {}), call)
+    def _add_tool_calls(self, calls: Any) -> None:
+        for place, call in numbered(calls):
+            index = place if isinstance(call.pop("index", None), int) else self._unnumbered(call, place)
+            merge(self.tool_calls.setdefault(index, {}), call)
+
+    def _unnumbered(self, call: Json, place: int) -> int:
+        """Where servers do not number their calls, a new id begins one, and a lone fragment goes on with the last."""
+        last = max(self.tool_calls, default=-1)
+        if call.get("id"):
+            return next((index for index, old in self.tool_calls.items() if old.get("id") == call["id"]), last + 1)
+        return place or max(last, 0)
 
     def body(self, index: int) -> Json:
-        message = dict(self.message)
-        ordered: Json = {"role": message.pop("role", None) or "assistant", "content": message.pop("content", None)}
+        message = {"role": None, "content": None, **self.message}
+        message["role"] = message["role"] or "assistant"
         if self.tool_calls:
-            # Some servers open a text delta beside the calls; OpenAI's answer to a call has no text then.
-            ordered["content"] = ordered["content"] or None
-            ordered["tool_calls"] = [self.tool_calls[at] for at in sorted(self.tool_calls)]
+            message["tool_calls"] = [self.tool_calls[at] for at in sorted(self.tool_calls)]
         if len(self.audio_parts) > 1 and isinstance(message.get("audio"), dict):
             message["audio"] = {**message["audio"], "data": _join_base64(self.audio_parts)}
-        members = dict(self.members)
-        head = {"logprobs": members.pop("logprobs")} if "logprobs" in members else {}
-        reason = members.pop("finish_reason", None)
-        return {"index": index, "message": {**ordered, **message}, **head, "finish_reason": reason, **members}
+        head = {"logprobs": self.members["logprobs"]} if "logprobs" in self.members else {}
+        return {"index": index, "message": message, **head, "finish_reason": None, **self.members}
+
+
+def _as_parts(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _join_parts(parts: list[Any], more: list[Any]) -> list[Any]:
+    """Mistral's reasoning models send parts while they think, then text; neighbours of one type are pieces of one part."""
+    for part in more:
+        if isinstance(part, dict) and isinstance(parts[-1], dict) and part.get("type") == parts[-1].get("type"):
+            merge(parts[-1], part)
+        else:
+            parts.append(part)
+    return parts
 
 
 def _join_base64(parts: list[str]) -> str:
@@ -119,7 +140,7 @@ def _join_base64(parts: list[str]) -> str:
         return "".join(parts)
     try:
         return base64.b64encode(b"".join(base64.b64decode(part, validate=True) for part in parts)).decode()
-    except binascii.Error:
+    except ValueError:
         return "".join(parts)
 
 
@@ -130,55 +151,41 @@ class _Assembler:
 
     def add(self, chunk: Json) -> None:
         self._envelope.add(chunk)
-        choices = chunk.get("choices")
-        for place, choice in enumerate(choices if isinstance(choices, list) else ()):
-            if isinstance(choice, dict):
-                index = choice.get("index")
-                index = index if isinstance(index, int) else place
-                self._choices.setdefault(index, _Choice()).add(choice)
+        for index, choice in numbered(chunk.get("choices")):
+            self._choices.setdefault(index, _Choice()).add(choice)
 
     def body(self) -> Json:
         return self._envelope.body([self._choices[index].body(index) for index in sorted(self._choices)])
 
 
 def _split(body: Json) -> list[Json]:
-    envelope = {name: value for name, value in body.items() if name not in ("choices", "usage")}
-    envelope["object"] = "chat.completion.chunk"
-    chunks = [
-        {**envelope, "choices": [choice_delta]}
-        for place, choice in enumerate(body.get("choices") or ())
-        for choice_delta in _split_choice(choice, place)
-    ]
-    if body.get("usage") is not None:
-        chunks.append({**envelope, "choices": [], "usage": body["usage"]})
-    return chunks
+    return split_answer(body, "chat.completion.chunk", _split_choice)
 
 
-def _split_choice(choice: Json, place: int) -> Iterator[Json]:
-    index = choice.get("index", place)
-    message = dict(choice.get("message") or {})
-    calls = message.pop("tool_calls", None)
-    texts = {name: message.pop(name) for name in _STREAMED_TEXTS if isinstance(message.get(name), str)}
-    logprobs = choice.get("logprobs")
-    last = {name: value for name, value in choice.items() if name not in ("index", "message", "logprobs")}
-    last.setdefault("finish_reason", None)
+def _split_choice(index: int, choice: Json) -> Iterator[Json]:
+    message: Json = {"role": "assistant", **(choice["message"] if isinstance(choice.get("message"), dict) else {})}
+    calls = message.pop("tool_calls") if message.get("tool_calls") else ()
+    texts = {name: message[name] for name in _STREAMED_TEXTS if isinstance(message.get(name), str)}
+    by_token = _logprobs_by_token(texts.get("content"), choice.get("logprobs"))
+    silent: Json = {"logprobs": None} if "logprobs" in choice else {}
+    head = {"index": index, "delta": {}, **silent, "finish_reason": None}
 
     def part(delta: Json, **members: Any) -> Json:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **members}
+        return {**head, "delta": delta, **members}
 
-    yield part({"role": message.pop("role", "assistant"), **message, **dict.fromkeys(texts, "")})
-    by_token = _logprobs_by_token(texts.get("content"), logprobs)
+    yield part({**message, **dict.fromkeys(texts, "")})
     for name, text in texts.items():
         if name == "content" and by_token:
-            for token, token_logprobs in by_token:
-                yield part({name: token}, logprobs=token_logprobs)
+            for token, logprobs in by_token:
+                yield part({name: token}, logprobs=logprobs)
         else:
             for token in tokens(text):
                 yield part({name: token})
     for at, call in enumerate(calls if isinstance(calls, list) else ()):
         for fragment in _split_tool_call(call):
             yield part({"tool_calls": [{"index": at, **fragment}]})
-    yield part({}, **last, logprobs=None if by_token else logprobs)
+    told = ("index", "message", "delta", "logprobs") if by_token else ("index", "message", "delta")
+    yield {**head, **{name: value for name, value in choice.items() if name not in told}}
 
 
 def _logprobs_by_token(text: str | None, logprobs: Any) -> list[tuple[str, Json]]:

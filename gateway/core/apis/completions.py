@@ -10,9 +10,12 @@ from gateway.core.apis.base import (
     canonical_members,
     check,
     check_common,
+    keep_last,
     merge,
     normalise,
+    numbered,
     one_or_many,
+    split_answer,
     tokens,
 )
 
@@ -68,18 +71,16 @@ class _Assembler:
 
     def add(self, chunk: Json) -> None:
         self._envelope.add(chunk)
-        choices = chunk.get("choices")
-        for place, choice in enumerate(choices if isinstance(choices, list) else ()):
-            if isinstance(choice, dict):
-                self._add_choice(choice, place)
+        for index, choice in numbered(chunk.get("choices")):
+            self._add_choice(self._choices.setdefault(index, {}), choice)
 
-    def _add_choice(self, choice: Json, place: int) -> None:
-        members = dict(choice)
-        index = members.pop("index", None)
-        into = self._choices.setdefault(index if isinstance(index, int) else place, {})
-        merge(into, members)
-        for name in members:
-            into.setdefault(name, None)
+    @staticmethod
+    def _add_choice(into: Json, choice: Json) -> None:
+        for name, value in choice.items():
+            if name in ("text", "logprobs"):
+                merge(into, {name: value})
+            elif name != "index":
+                keep_last(into, name, value)
 
     def body(self) -> Json:
         return self._envelope.body([
@@ -89,24 +90,18 @@ class _Assembler:
 
 
 def _split(body: Json) -> list[Json]:
-    envelope = {name: value for name, value in body.items() if name not in ("choices", "usage")}
-    chunks = [
-        {**envelope, "choices": [part]}
-        for place, choice in enumerate(body.get("choices") or ())
-        for part in _split_choice(choice, place)
-    ]
-    if body.get("usage") is not None:
-        chunks.append({**envelope, "choices": [], "usage": body["usage"]})
-    return chunks
+    return split_answer(body, "text_completion", _split_choice)
 
 
-def _split_choice(choice: Json, place: int) -> Iterator[Json]:
-    index = choice.get("index", place)
+def _split_choice(index: int, choice: Json) -> Iterator[Json]:
+    head = {"text": "", "index": index, "logprobs": None, "finish_reason": None}
     text = choice.get("text")
-    for token in tokens(text) if isinstance(text, str) else ():
-        yield {"text": token, "index": index, "logprobs": None, "finish_reason": None}
-    last = {name: value for name, value in choice.items() if name not in ("index", "text")}
-    yield {"text": "" if isinstance(text, str) else text, "index": index, "logprobs": None, "finish_reason": None, **last}
+    rest = {name: value for name, value in choice.items() if name != "index"}
+    if isinstance(text, str):
+        rest["text"] = ""
+        for token in tokens(text):
+            yield {**head, "text": token}
+    yield {**head, **rest}
 
 
 COMPLETIONS = Api(
