@@ -11,7 +11,8 @@ from gateway.core.apis import CHAT
 from gateway.core.pacing import Pace
 from gateway.core.policy import Directives, StoreRules
 from gateway.errors import NotCached, ShuttingDown, UpstreamBroke, UpstreamRefused, UpstreamReported
-from gateway.flight import FlightReader, Flights, RecordingReader
+from gateway.flight import Flights
+from gateway.reader import FlightReader, RecordingReader
 from gateway.service import CacheRules, Opened, Request, Service
 from gateway.upstreams.router import Route
 
