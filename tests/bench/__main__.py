@@ -1,0 +1,70 @@
+"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json]`.
+
+The service in one process alone on one core, beside a bare comparator that does the same work with aiohttp and
+redis-py and nothing else; Redis, the upstream and the load generator on another. Only the ratios mean something:
+those of one run, since machines drift. The table goes to standard output, progress to standard error.
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+from figures import QUICK, Extent, Figures, fresh_process, one_round
+from processes import BenchFailed, Cores
+from stage import stage
+from table import markdown
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    extent = QUICK if options.quick else Extent()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        measurements = _measure(extent)
+    except BenchFailed as error:
+        _say(f"failed: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        print(orjson.dumps({"extent": asdict(extent), "measurements": measurements}, option=orjson.OPT_INDENT_2).decode())
+    else:
+        print(markdown(measurements))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("tests/bench", description="Measures the gateway beside a bare aiohttp server.")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of some seconds: its numbers mean nothing")
+    parser.add_argument("--json", action="store_true", help="all that was measured, instead of the table")
+    return parser
+
+
+def _measure(extent: Extent) -> list[Figures]:
+    """One entry a round, and one for the figures of fresh processes. Raises `BenchFailed`."""
+    cores = Cores.of_this_machine()
+    if cores.server is None or cores.server == cores.others:
+        _say("warning: all processes share the processor, so the numbers say little")
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory, stage(cores, Path(directory)) as set_up:
+        starts = {"gateway": set_up.gateway, "bare": set_up.bare}
+        fresh = {name: fresh_process(set_up, extent, start, _say) for name, start in starts.items()}
+        measurements: list[Figures] = [{"fresh": fresh}]
+        with set_up.gateway() as gateway, set_up.bare() as bare:
+            for number in range(extent.rounds):
+                _say(f"round {number + 1} of {extent.rounds}")
+                # The order alternates, so that no server is always the first on a machine that warms up.
+                servers = (gateway, bare) if number % 2 == 0 else (bare, gateway)
+                measurements.append(one_round(set_up, extent, servers, _say))
+    return measurements
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
