@@ -83,17 +83,17 @@ class Decoder:
             self._tail.clear()
             events = [event for line in lines if (event := self._line(line)) is not None]
         self._tail += data
-        self._refuse_more_than(len(self._tail))
+        self._admit(len(self._tail))
         return events
 
-    def _refuse_more_than(self, line_bytes: int) -> None:
-        if self._data_bytes + line_bytes > self._max_event_bytes:
+    def _admit(self, line_bytes: int) -> None:
+        if line_bytes and self._data_bytes + line_bytes > self._max_event_bytes:
             raise EventTooLarge(f"an event is larger than {self._max_event_bytes} bytes")
 
     def _line(self, line: bytes) -> Event | None:
         if not line:
             return self._dispatch()
-        self._refuse_more_than(len(line))
+        self._admit(len(line))
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":

@@ -149,11 +149,13 @@ SplitChoice = Callable[[int, Json], Iterator[Json]]
 
 
 def split_answer(body: Json, chunk_object: str, split_choice: SplitChoice) -> list[Json]:
-    """The chunks of an unstreamed answer. What belongs to no choice and not into every chunk comes with the first."""
+    """The chunks of an unstreamed answer: none of one without choices. What they do not share comes with the first."""
     everywhere = {**body, "object": chunk_object}
     head = {name: everywhere[name] for name in _IN_EVERY_CHUNK if name in everywhere}
     parts = [part for index, choice in numbered(body.get("choices")) for part in split_choice(index, choice)]
-    chunks = [{**head, "choices": [part]} for part in parts] or [{**head, "choices": []}]
+    chunks = [{**head, "choices": [part]} for part in parts]
+    if not chunks:
+        return []
     chunks[0] |= {name: value for name, value in body.items() if name not in (*_IN_EVERY_CHUNK, "choices", "usage")}
     if body.get("usage") is not None:
         chunks.append({**head, "choices": [], "usage": body["usage"]})

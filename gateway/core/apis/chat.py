@@ -86,16 +86,19 @@ class _Choice:
                 keep_last(self.members, name, value)
 
     def _add_delta(self, delta: Json) -> None:
-        if calls := delta.get("tool_calls"):
-            self._add_tool_calls(calls)
-            delta["tool_calls"] = []  # a place among the message's members, filled in `body`
+        if delta.get("tool_calls"):
+            self._add_tool_calls(delta.pop("tool_calls"))
         audio = delta.get("audio")
         if isinstance(audio, dict) and isinstance(data := audio.get("data"), str):
             self.audio_parts.append(data)
+        self._take_parts(delta)
+        merge(self.message, delta)
+
+    def _take_parts(self, delta: Json) -> None:
+        """Mistral's reasoning models send a list of parts while they think, then text: the answer is a list of parts."""
         content, more = self.message.get("content"), delta.get("content")
         if content and more and (isinstance(content, list) or isinstance(more, list)):
             self.message["content"] = _join_parts(_as_parts(content), _as_parts(delta.pop("content")))
-        merge(self.message, delta)
 
     def _add_tool_calls(self, calls: Any) -> None:
         for place, call in numbered(calls):
@@ -125,7 +128,7 @@ def _as_parts(content: Any) -> list[Any]:
 
 
 def _join_parts(parts: list[Any], more: list[Any]) -> list[Any]:
-    """Mistral's reasoning models send parts while they think, then text; neighbours of one type are pieces of one part."""
+    """Neighbours of one type are pieces of one part."""
     for part in more:
         if isinstance(part, dict) and isinstance(parts[-1], dict) and part.get("type") == parts[-1].get("type"):
             merge(parts[-1], part)
