@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 _DRAIN_S = 0.5
 # A sealed flight stays in the table for longer than any lookup takes.
 _LINGER_S = 0.25
-# Assembling gives the loop back after this many frames, about a millisecond.
-_FRAMES_A_TURN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ Outcome = Complete | Failed
 class Flight:
     """One running upstream call: an append-only log of frames that any number of readers follow."""
 
-    def __init__(self, api: Api, *, cacheable: bool, started_at: float) -> None:
+    def __init__(self, api: Api, *, cacheable: bool, started_at: float, assemble: bool = True) -> None:
         self.api = api
         self.cacheable = cacheable
         self.started_at = started_at
@@ -61,10 +59,10 @@ class Flight:
         self.retired = False
         self.streamed = True
         self.on_abandoned: Callable[[], object] = lambda: None
-        self.recorder = Recorder()
+        self._assembler = api.assembler()
+        self.recorder = Recorder(self._assembler if assemble else None)
         self.frames: list[Frame] = self.recorder.frames
         self._whole: bytes | None = None
-        self._assembling = asyncio.Lock()
         self._waiters: list[asyncio.Future[bool]] = []
 
     def __repr__(self) -> str:
@@ -105,7 +103,8 @@ class Flight:
         except (AttributeError, TypeError, ValueError):
             raise UpstreamBroke("The upstream's answer is not of the API's shape.") from None
         for chunk in chunks:
-            self.recorder.add(orjson.dumps(chunk), at_us)
+            if reported := self.recorder.add(_json(chunk), at_us):
+                raise UpstreamReported(reported["error"])
         if not self.frames:
             raise UpstreamBroke("The upstream's answer has no choices.")
         self._whole = body
@@ -151,31 +150,26 @@ class Flight:
         for waiter in waiters:
             settle(waiter, True)
 
-    async def whole(self) -> bytes:
+    def whole(self) -> bytes:
         """The assembled answer of a flight that has ended; raises its error."""
         if isinstance(self.outcome, Failed):
             raise self.outcome.error
-        async with self._assembling:
-            if self._whole is None:
-                self._whole = await self._assemble()
+        if self._whole is None:
+            self._whole = _json(self._assembler.body())
         return self._whole
-
-    async def _assemble(self) -> bytes:
-        assembler = self.api.assembler()
-        for place, frame in enumerate(self.frames):
-            if place % _FRAMES_A_TURN == _FRAMES_A_TURN - 1:
-                await asyncio.sleep(0)
-            try:
-                assembler.add(orjson.loads(frame.payload))
-            except orjson.JSONDecodeError as error:
-                raise UpstreamBroke(f"The upstream sent a broken stream: {error}.") from None
-        return orjson.dumps(assembler.body())
 
     def leave(self) -> None:
         """One reader less. When the last has gone, an answer that will not be stored is not worth finishing."""
         self.readers -= 1
         if self.readers == 0 and self.outcome is None and not self.cacheable:
             self.on_abandoned()
+
+
+def _json(value: object) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except (TypeError, RecursionError):  # what a parser takes may be nested deeper than what a writer gives
+        raise UpstreamBroke("The upstream's answer is nested too deeply.") from None
 
 
 def settle(waiter: "asyncio.Future[bool]", value: bool) -> None:  # noqa: FBT001  # a callback's argument
@@ -214,7 +208,9 @@ class Flights:
 
     def start(self, plan: Plan) -> Flight:
         """Begins an upstream call in a task of its own."""
-        flight = Flight(plan.call.api, cacheable=plan.key is not None, started_at=self._clock.now())
+        cacheable, now = plan.key is not None, self._clock.now()
+        # What is not kept, and not joined, is assembled only for a caller who wants it whole.
+        flight = Flight(plan.call.api, cacheable=cacheable, started_at=now, assemble=cacheable or not plan.call.streamed)
         if plan.key is not None and plan.joinable:
             self._by_key[plan.key] = flight
         task = asyncio.get_running_loop().create_task(self._fly(flight, plan))
@@ -312,7 +308,7 @@ class Flights:
             log.debug("not stored (%s): %r", why_not, flight)
             return
         try:
-            body = await flight.whole()
+            body = flight.whole()
         except UpstreamBroke as error:
             log.warning("not stored: %s", error)
             return

@@ -66,7 +66,7 @@ class FlightReader:
         """The assembled answer, once it is complete. Raises the flight's error."""
         while self.flight.outcome is None:
             await self.flight.changed()
-        return await self.flight.whole()
+        return self.flight.whole()
 
     def leave(self) -> None:
         self.flight.leave()

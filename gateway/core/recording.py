@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from gateway.core.apis.base import numbered
+from gateway.core.apis.base import Assembler, numbered
 from gateway.core.json_scan import cut_member, members
 
 SCHEMA_VERSION = 1
@@ -43,14 +43,23 @@ class MalformedChunk(ValueError):
 class Frame(NamedTuple):
     """One event of a stream, ready to write.
 
-    ``full`` is for a caller who asked for usage, ``plain`` for one who did not: the same bytes but for the
-    member ``usage``, and empty where the chunk is about usage only. ``at_us`` is the arrival, in microseconds
-    after the call began.
+    ``full`` is for a caller who asked for usage, ``plain`` for one who did not: ``cut`` is the span between them, the
+    whole frame where the chunk is about usage only. ``at_us`` is the arrival, in microseconds after the call began.
     """
 
-    plain: bytes
     full: bytes
+    cut: Span | None
     at_us: int
+
+    @property
+    def plain(self) -> bytes:
+        full, cut, _ = self
+        return full if cut is None else full[: cut[0]] + full[cut[1] :]
+
+    @property
+    def about_usage(self) -> bool:
+        """Whether nothing is left of it for a caller who did not ask for usage."""
+        return self.cut == (0, len(self.full))
 
     @property
     def payload(self) -> bytes:
@@ -358,14 +367,15 @@ def _edited(sse: bytes, ends: Sequence[int], edits: list[tuple[int, int, bytes]]
 
 
 class Recorder:
-    """Takes the chunks of one running stream and keeps what a recording needs."""
+    """Takes the chunks of one running stream, keeps what a recording needs and feeds the ``assembler``, if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, assembler: Assembler | None = None) -> None:
         self.frames: list[Frame] = []
         self.finish_reasons: dict[int, str] = {}
         self.usage: dict[str, Any] | None = None
         self.size_bytes = 0
         self.id = ""
+        self._assembler = assembler
         self._scanner = Scanner()
         self._marks = Marks()
 
@@ -382,6 +392,8 @@ class Recorder:
             payload = payload.replace(b"\r", b" ").replace(b"\n", b" ")
         about_usage = self._learn(chunk)
         self._append(payload, self._scanner.scan(payload, chunk), at_us, about_usage=about_usage)
+        if self._assembler:
+            self._assembler.add(chunk)  # which takes the chunk over
         return None
 
     def _learn(self, chunk: dict[str, Any]) -> bool:
@@ -400,7 +412,7 @@ class Recorder:
         return not choices
 
     def _append(self, payload: bytes, scan: Scan, at_us: int, *, about_usage: bool) -> None:
-        plain = full = b"".join((_HEAD, payload, _TAIL))
+        full = b"".join((_HEAD, payload, _TAIL))
         marks, base = self._marks, self.size_bytes
         body = base + len(_HEAD)
         id_span, created_span, usage_span = scan
@@ -408,13 +420,14 @@ class Recorder:
             marks.ids.add(body, id_span)
         if created_span:
             marks.created.add(body, created_span)
+        cut = None
         if about_usage:
-            plain = b""
-            marks.cuts.add(base, (0, len(full)))
+            cut = (0, len(full))
         elif usage_span:
-            plain = b"".join((_HEAD, payload[: usage_span[0]], payload[usage_span[1] :], _TAIL))
-            marks.cuts.add(body, usage_span)
-        self.frames.append(Frame(plain, full, at_us))
+            cut = (usage_span[0] + len(_HEAD), usage_span[1] + len(_HEAD))
+        if cut:
+            marks.cuts.add(base, cut)
+        self.frames.append(Frame(full, cut, at_us))
         self.size_bytes += len(full)
         marks.ends.append(self.size_bytes)
         marks.at_us.append(at_us)
@@ -431,15 +444,16 @@ class Recorder:
         if not len(ids) == len(created) == len(frames) > 0:
             return 0
         end = max(next(iter(spans))[1] for spans in (ids, created))
-        head = frames[0].full[:end]
         # One byte more than the values, or a longer number would look the same.
-        alike = all(frame.full.startswith(frames[0].full[: end + 1]) for frame in frames)
-        return end if alike and all(frame.plain.startswith(head) for frame in frames if frame.plain) else 0
+        head = frames[0].full[: end + 1]
+        alike = all(frame.full.startswith(head) for frame in frames)
+        uncut = all(frame.cut is None or frame.about_usage or frame.cut[0] >= end for frame in frames)
+        return end if alike and uncut else 0
 
     def _plain_frames(self) -> int:
-        plain = [frame for frame in self.frames if frame.plain]
-        about_usage_last = not any(frame.plain for frame in self.frames[len(plain) :])
-        cut = sum(len(frame.plain) < len(frame.full) for frame in plain)
+        plain = [frame for frame in self.frames if not frame.about_usage]
+        about_usage_last = all(frame.about_usage for frame in self.frames[len(plain) :])
+        cut = sum(frame.cut is not None for frame in plain)
         return len(plain) if about_usage_last and cut in (0, len(plain)) else 0
 
 

@@ -1,7 +1,7 @@
 """Chat completions and completions: read the request, open the answer, write it. One write loop serves every stream."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from aiohttp import web
 from gateway.core.apis import Api
 from gateway.core.dialects.openai import END, KEEP_ALIVE, error_event
 from gateway.core.policy import NO_DIRECTIVES, Directives
-from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, UpstreamRefused
 from gateway.http.edge import EXCHANGE, Exchange, Handler
 from gateway.reader import Reader
 from gateway.service import Opened, Request, Service
@@ -52,6 +52,9 @@ def handler(api: Api, service: Service, timing: Timing) -> Handler:
             if asked.streamed:
                 return await _stream(request, opened, exchange, timing)
             return await _whole(opened, exchange)
+        except UpstreamRefused as refusal:
+            exchange.cache_status = opened.disposition.cache_status(refusal.status)
+            raise
         finally:
             service.leave(opened)
 
@@ -76,7 +79,7 @@ async def read_json(request: web.Request) -> Any:
         text = await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.") from None
-    except (web.PayloadAccessError, ValueError):
+    except (web.RequestPayloadError, ValueError):
         raise InvalidRequest("The request body could not be read to its end.") from None
     try:
         return orjson.loads(text)
@@ -123,9 +126,8 @@ async def _write(request: web.Request, response: web.StreamResponse, reader: Rea
         data = await reader.next(timing.keepalive_s)
         if reader.at_end:
             end = error_event(reader.error) if reader.error else END
-            async with asyncio.timeout(timing.write_timeout_s):
-                # Clients stop reading at the end event, so it leaves together with the end of the body.
-                await response.write_eof((data or b"") + end)
+            # Clients stop reading at the end event, so it leaves together with the end of the body.
+            await _patiently(request, response.write_eof((data or b"") + end), timing)
             return
         await _write_data(request, response, KEEP_ALIVE if data is None else data, timing)
 
@@ -135,13 +137,19 @@ async def _write_data(request: web.Request, response: web.StreamResponse, data: 
     if transport is None:
         raise ConnectionResetError
     if len(data) < _SMALL_BYTES and not transport.get_write_buffer_size():
-        await response.write(data)
-        return
+        await response.write(data)  # which cannot wait
+    else:
+        await _patiently(request, response.write(data), timing)
+
+
+async def _patiently(request: web.Request, write: Awaitable[None], timing: Timing) -> None:
+    """Waits for a write as long as a caller may take for it. Raises `CallerTooSlow`."""
     try:
         async with asyncio.timeout(timing.write_timeout_s):
-            await response.write(data)
+            await write
     except TimeoutError:
-        transport.abort()
+        if request.transport:
+            request.transport.abort()
         raise CallerTooSlow from None
 
 

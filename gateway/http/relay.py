@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 import orjson
 from aiohttp import web
 
-from gateway.errors import InvalidRequest, PathNotFound
+from gateway.errors import InvalidRequest, PathNotFound, UpstreamError
 from gateway.http.completions import is_json, read_json
 from gateway.http.edge import EXCHANGE, Handler, not_allowed
 from gateway.ports import Upstream
@@ -33,8 +33,10 @@ class Relay:
             raise not_allowed(request, self._own[path])
         upstream, body = await self._destination(request)
         if not upstream or not self._allowed(upstream, path):
+            if path.startswith("models/"):
+                raise not_allowed(request, self._own["models"])
             raise PathNotFound(f"Unknown request URL: {request.method} {request.path}.")
-        return await self._pass_on(request, upstream, path, body)
+        return await self._pass_on(request, upstream, body)
 
     def _allowed(self, upstream: Upstream, path: str) -> bool:
         """A key of the gateway's own serves only what the configuration names; a caller's own key is the caller's."""
@@ -58,14 +60,15 @@ class Relay:
         return route.upstream, orjson.dumps({**body, "model": route.model})
 
     async def _pass_on(
-        self, request: web.Request, upstream: Upstream, path: str, body: AsyncIterator[bytes] | bytes | None
+        self, request: web.Request, upstream: Upstream, body: AsyncIterator[bytes] | bytes | None
     ) -> web.StreamResponse:
         exchange = request[EXCHANGE]
         exchange.upstream, exchange.cache_status = upstream.name, _FORWARDED
         names = (*FORWARDED_HEADERS, *_PASSED_ON, *(CREDENTIAL_HEADERS if upstream.passes_credential else ()))
         headers = {name: request.headers[name] for name in names if name in request.headers}
-        query = f"?{request.query_string}" if request.query_string else ""
-        async with upstream.relay(request.method, f"{path}{query}", headers, body) as relayed:
+        # As it was sent: an escape that is undone here would mean something else there.
+        path = request.rel_url.raw_path_qs.removeprefix("/v1/")
+        async with upstream.relay(request.method, path, headers, body) as relayed:
             exchange.take_upstream_id(relayed.headers.get("x-request-id"))
             passed = {name: value for name, value in relayed.headers.items() if name != "x-request-id"}
             response = web.StreamResponse(status=relayed.status, headers=passed | exchange.headers())
@@ -76,4 +79,9 @@ class Relay:
                 await response.write_eof()
             except ConnectionResetError:
                 exchange.left = True
+            except UpstreamError as error:
+                # Half an answer must not look whole: the caller's connection breaks as the upstream's did.
+                exchange.error = f"{type(error).__name__}: {error.message}"
+                if request.transport:
+                    request.transport.abort()
             return response

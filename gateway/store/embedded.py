@@ -134,7 +134,7 @@ class EmbeddedServer:
             preexec_fn=_dying_with_parent() if sys.platform == "linux" else None,  # noqa: PLW1509  # it takes no lock
         )
         async with asyncio.timeout(_START_WITHIN_S):
-            while not await self._accepts():
+            while not await self._answers():
                 if process.poll() is not None:
                     raise StoreUnavailable(f"the embedded server ended at once: {_last_line(logfile, process.returncode)}")
                 await asyncio.sleep(_POLL_S)
@@ -146,6 +146,16 @@ class EmbeddedServer:
             return False
         writer.close()
         return True
+
+    async def _answers(self) -> bool:
+        """Whether it serves, or says that it still loads its data. One whose data are broken accepts, and ends."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(self._socket)
+            with contextlib.closing(writer):
+                writer.write(b"PING\r\n")
+                return await reader.readline() != b""
+        except OSError:
+            return False
 
     async def _stop(self) -> None:
         if self._process and self._process.poll() is None:

@@ -82,6 +82,7 @@ class RedisStore:
         self._failures = 0
         self._failed_at = 0.0
         self._available = False
+        self._closed = False
         self._fell = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._told_at: dict[str, float] = {}
@@ -132,6 +133,7 @@ class RedisStore:
             await self._command(lambda: self._client.unlink(self._key(key)))
 
     async def close(self) -> None:
+        self._closed = True  # Python 3.11's `asyncio.wait_for`, which clients use, may lose a cancellation
         tasks = [*self._deletions.values(), *([self._watch] if self._watch else [])]
         for task in tasks:
             task.cancel()
@@ -204,7 +206,7 @@ class RedisStore:
 
     async def _keep_watch(self) -> None:
         """Notices that the store is back, and that it came back empty."""
-        while True:
+        while not self._closed:
             self._fell.clear()
             try:
                 async with asyncio.timeout(_WATCH_UP_S if self._available else self._config.cooldown_s):

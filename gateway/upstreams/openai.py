@@ -77,7 +77,7 @@ class _Ask:
 
 
 class _DirectTransport(httpx2.AsyncClient):
-    """httpx2's client without what a gateway must not do of its own: cookies, redirects, authentication, a log line a call."""
+    """httpx2's client without what a gateway must not do of its own: cookies, redirects, authentication, logging."""
 
     def __init__(self, transport: AiohttpTransport, timeout: httpx2.Timeout) -> None:
         super().__init__(transport=transport, timeout=timeout, trust_env=False)
