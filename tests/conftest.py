@@ -45,7 +45,16 @@ class RedisServer:
     def start(self) -> None:
         program = find_redis()
         assert program
-        arguments = ["--port", "0", "--unixsocket", f"{self._directory}/redis.sock", "--save", "", "--dir", str(self._directory)]
+        arguments = [
+            "--port",
+            "0",
+            "--unixsocket",
+            f"{self._directory}/redis.sock",
+            "--save",
+            "",
+            "--dir",
+            str(self._directory),
+        ]
         self._process = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE)
         assert self._process.stdout
         for line in self._process.stdout:
@@ -190,7 +199,9 @@ StartGateway = Callable[..., Awaitable[Gateway]]
 
 
 @pytest.fixture
-async def start_gateway(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path) -> AsyncIterator[StartGateway]:
+async def start_gateway(
+    shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path
+) -> AsyncIterator[StartGateway]:
     """Starts a gateway in this process: sections as keyword arguments are laid over the test's defaults."""
     async with AsyncExitStack() as stack:
 

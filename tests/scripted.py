@@ -93,7 +93,9 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "complet
 async def say_hello(asked: Asked) -> None:
     """A short good answer: streamed or not, chat or completion, with usage if it is asked for."""
     if asked.path.endswith("/models"):
-        await asked.answer({"object": "list", "data": [{"id": "model-1", "object": "model", "created": 1, "owned_by": "me"}]})
+        await asked.answer(
+            {"object": "list", "data": [{"id": "model-1", "object": "model", "created": 1, "owned_by": "me"}]}
+        )
     elif asked.json.get("stream"):
         await stream(asked, "Hello", " world")
     else:
@@ -151,7 +153,7 @@ class ScriptedUpstream:
     def __init__(self) -> None:
         self.script: Script = say_hello
         self.asked: list[Asked] = []
-        self.on_body: Callable[[bytes], object] = lambda body: None
+        self.on_body: Callable[[bytes], object] = lambda _: None
         """Told what has come of a chunked body, piece by piece."""
         self.errors: list[BaseException] = []
         self._gates: dict[str, Gate] = {}

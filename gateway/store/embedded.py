@@ -108,7 +108,6 @@ class EmbeddedServer:
             yield
 
     async def _start(self) -> None:
-        self._socket.unlink(missing_ok=True)
         logfile = self._directory / "valkey.log"
         logfile.write_bytes(b"")
         options = {

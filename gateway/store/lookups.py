@@ -6,7 +6,7 @@ from typing import Any
 
 import redis.asyncio as aioredis
 
-from gateway.errors import StoreError, StoreUnavailable
+from gateway.errors import StoreUnavailable
 from gateway.store.client import as_store_error
 
 Fields = list[bytes | None]
@@ -23,16 +23,19 @@ class _Batch:
     __slots__ = ("task", "ticks", "timer", "wanted")
 
     def __init__(self) -> None:
-        self.wanted: list[tuple[str, Sequence[str], asyncio.Future[Fields | StoreError]]] = []
+        self.wanted: list[tuple[str, Sequence[str], asyncio.Future[Fields]]] = []
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.ticks = 0
 
     def settle(self, results: Sequence[Any]) -> None:
-        # Errors are results here: an exception of a future whose reader has left would be reported as a bug.
         for (_, _, found), result in zip(self.wanted, results, strict=True):
-            if not found.done():
-                found.set_result(as_store_error(result) if isinstance(result, Exception) else result)
+            if found.done():
+                continue
+            if isinstance(result, Exception):
+                found.set_exception(as_store_error(result))
+            else:
+                found.set_result(result)
 
     def fail(self, error: Exception) -> None:
         self.settle([error] * len(self.wanted))
@@ -56,7 +59,7 @@ class Lookups:
     async def get(self, name: str, fields: Sequence[str]) -> Fields:
         """The hash's fields. Raises `StoreUnavailable`, and `StoreCorrupt` where the key is of another type."""
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[Fields | StoreError] = loop.create_future()
+        found: asyncio.Future[Fields] = loop.create_future()
         batch = self._next
         batch.wanted.append((name, fields, found))
         if batch.timer is None:
@@ -64,10 +67,7 @@ class Lookups:
         if not self._scheduled and len(self._running) < self._places:
             self._scheduled = True
             loop.call_soon(self._send)
-        result = await found
-        if isinstance(result, StoreError):
-            raise result
-        return result
+        return await found
 
     async def close(self) -> None:
         """Ends all lookups; they fail."""
