@@ -100,11 +100,13 @@ class UpstreamRefused(UpstreamError):
 
     def body(self) -> dict[str, Any]:
         """The upstream's own error object, where it sent one: what a stream's error event shows."""
+        ours = super().body()["error"]
         try:
             sent = json.loads(self.content)
         except ValueError:
-            return super().body()
-        return {"error": sent["error"]} if isinstance(sent, dict) and isinstance(sent.get("error"), dict) else super().body()
+            sent = None
+        theirs = sent.get("error") if isinstance(sent, dict) else None
+        return {"error": ours | theirs if isinstance(theirs, dict) else ours}
 
 
 class UpstreamReported(UpstreamError):

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import orjson
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # A stream that has said [DONE] is read to its end for this long, so that its connection can be used again.
 _DRAIN_S = 0.5
+_CLOSING = "The gateway is shutting down; ask again."
 # A sealed flight stays in the table for longer than any lookup takes.
 _LINGER_S = 0.25
 
@@ -216,8 +218,14 @@ class Flights:
         task = asyncio.get_running_loop().create_task(self._fly(flight, plan))
         flight.on_abandoned = task.cancel
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._ended, flight, plan))
         return flight
+
+    def _ended(self, flight: Flight, plan: Plan, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if flight.outcome is None:  # cancelled before its first step: nothing of `_fly` has run
+            flight.close(Failed(ShuttingDown(_CLOSING)))
+            self._retire(flight, plan.key)
 
     async def close(self) -> None:
         """Ends every flight: its readers are told that the gateway is shutting down."""
@@ -232,7 +240,7 @@ class Flights:
         except GatewayError as error:
             flight.close(Failed(error))
         except asyncio.CancelledError:
-            flight.close(Failed(ShuttingDown("The gateway is shutting down; ask again.")))
+            flight.close(Failed(ShuttingDown(_CLOSING)))
             raise
         except Exception:  # a bug of ours, or of an upstream's library: no reader may wait for ever because of it
             log.exception("the pump of %r broke", flight)

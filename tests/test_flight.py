@@ -375,3 +375,11 @@ async def test_an_interrupted_replay_ends_with_an_error():
     assert data == b""
     assert isinstance(streamed.reader.error, ShuttingDown)
     assert isinstance(error, ShuttingDown)
+
+
+async def test_closing_tells_even_those_whose_flight_has_not_yet_begun(bench):
+    opened = await bench.open()
+    await bench.service.close()
+    assert await opened.reader.next(IDLE_S) == b""
+    assert isinstance(opened.reader.error, ShuttingDown)
+    assert (await bench.open()).disposition.kind == "miss"

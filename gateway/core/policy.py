@@ -42,8 +42,8 @@ class Directives:
 
     def accept(self, meta: Meta, now: float) -> bool:
         """Whether a stored answer of this age will do."""
-        age = age_s(meta, now)
-        if self.max_age_s is not None and age > self.max_age_s:
+        # Ages are whole seconds, but 0 allows no stored answer, not even one of this second.
+        if self.max_age_s is not None and (self.max_age_s == 0 or age_s(meta, now) > self.max_age_s):
             return False
         return self.min_fresh_s is None or remaining_s(meta, now) >= self.min_fresh_s
 

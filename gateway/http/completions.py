@@ -107,6 +107,7 @@ async def _stream(request: web.Request, opened: Opened, exchange: Exchange, timi
     head = await reader.head(timing.head_after_s)
     response = web.StreamResponse(headers=_headers(opened, exchange, head) | STREAM_HEADERS)
     try:
+        exchange.head_sent = True
         await response.prepare(request)
         if head is None:
             await response.write(KEEP_ALIVE)

@@ -25,7 +25,7 @@ _CLIENT_CLOSED = 499  # nginx's word for a caller who left
 class Exchange:
     """What is known of one request while it is served."""
 
-    __slots__ = ("began", "cache_status", "caller_id", "error", "left", "model", "request_id", "upstream")
+    __slots__ = ("began", "cache_status", "caller_id", "error", "head_sent", "left", "model", "request_id", "upstream")
 
     def __init__(self, request: web.Request, own_id: int) -> None:
         self.began = time.perf_counter()
@@ -34,7 +34,7 @@ class Exchange:
         self.request_id = self.caller_id or f"req_{own_id:024x}"
         self.cache_status = NOT_FORWARDED
         self.model = self.upstream = self.error = ""
-        self.left = False
+        self.left = self.head_sent = False
 
     def take_upstream_id(self, upstream_id: str | None) -> None:
         """The upstream's id of the request serves the caller too, who may have to quote it, unless it chose its own."""
@@ -112,6 +112,8 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
         response = error_response(_translated(error, request), exchange)
     except Exception:  # anything else is a bug: the caller gets an id to quote, the log gets the trace
         log.exception("request %s failed", exchange.request_id)
+        if exchange.head_sent and request.transport:
+            request.transport.abort()  # a second head inside the first answer's body would be read as a part of it
         response = error_response(GatewayError(f"The gateway failed; quote {exchange.request_id}."), exchange)
     if not response.prepared:
         response.headers.update(exchange.headers())

@@ -73,6 +73,7 @@ class Relay:
             passed = {name: value for name, value in relayed.headers.items() if name != "x-request-id"}
             response = web.StreamResponse(status=relayed.status, headers=passed | exchange.headers())
             try:
+                exchange.head_sent = True
                 await response.prepare(request)
                 async for data in relayed.body:
                     await response.write(data)

@@ -51,7 +51,7 @@ class Lookups:
         self._client = client
         self._places = places
         self._tick_s = max(wait_s / _TICKS, _SHORTEST_TICK_S)
-        self._limit_s = max(limit_s, wait_s)
+        self._linger_s = max(limit_s - wait_s, 0)
         self._next = _Batch()
         self._scheduled = False
         self._running: set[_Batch] = set()
@@ -88,8 +88,7 @@ class Lookups:
 
     async def _run(self, batch: _Batch) -> None:
         try:
-            async with asyncio.timeout(self._limit_s):
-                results = await self._fetch(batch)
+            results = await self._fetch(batch)
         except Exception as error:  # noqa: BLE001  # whatever it is, nobody may wait for ever because of it
             batch.fail(error)
         else:
@@ -111,11 +110,14 @@ class Lookups:
         return await pipeline.execute(raise_on_error=False)
 
     def _tick(self, batch: _Batch) -> None:
+        loop = asyncio.get_running_loop()
         batch.ticks += 1
         if batch.ticks < _TICKS:
-            batch.timer = asyncio.get_running_loop().call_later(self._tick_s, self._tick, batch)
-        else:
-            self._abandon(batch)
+            batch.timer = loop.call_later(self._tick_s, self._tick, batch)
+            return
+        self._abandon(batch)
+        if batch.task:
+            batch.timer = loop.call_later(self._linger_s, batch.task.cancel)
 
     def _abandon(self, batch: _Batch) -> None:
         """Nobody waits any longer for what has not come."""

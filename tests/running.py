@@ -1,0 +1,158 @@
+"""What the fixtures hand to tests: a Redis to ill-treat, a running gateway, and its answers."""
+
+import asyncio
+import json
+import shutil
+import subprocess
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from gateway.app import RUNNER_OPTIONS, SERVICE, build_app, build_router, open_store
+from gateway.errors import StoreUnavailable
+from gateway.service import Service
+from gateway.store.embedded import server_binary
+from gateway.store.redis import RedisStore
+
+
+def find_redis() -> str | None:
+    """A server that is not the embedded one where there is one: both are what users run."""
+    if found := shutil.which("redis-server") or shutil.which("valkey-server"):
+        return found
+    try:
+        return str(server_binary())
+    except StoreUnavailable:
+        return None
+
+
+class RedisServer:
+    """A real server on a unix socket, to be killed, frozen and restarted by tests."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"unix://{directory}/redis.sock"
+
+    def start(self) -> None:
+        program = find_redis()
+        assert program
+        arguments = [
+            "--port",
+            "0",
+            "--unixsocket",
+            f"{self._directory}/redis.sock",
+            "--save",
+            "",
+            "--dir",
+            str(self._directory),
+        ]
+        self._process = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE)
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if b"ready to accept connections" in line.lower():
+                return
+        raise AssertionError("the Redis server did not start")
+
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdout
+            self._process.stdout.close()
+            self._process = None
+
+
+@dataclass
+class Gateway:
+    """A running gateway, and a session to talk to it."""
+
+    origin: str
+    session: aiohttp.ClientSession
+    service: Service
+    store: RedisStore
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.origin}/v1"
+
+    async def post(self, path: str, body: Any, **headers: str) -> "Got":
+        """Posts JSON and reads the answer to its end; ``cache_control="no-store"`` becomes a header."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self.session.post(f"{self.origin}{path}", json=body, headers=sent) as response:
+            return Got(response.status, response.headers, await response.read())
+
+    async def chat(self, content: str = "hi", *, headers: dict[str, str] | None = None, **members: Any) -> "Got":
+        async with self.opened(content, headers=headers, **members) as response:
+            return Got(response.status, response.headers, await response.read())
+
+    def opened(self, content: str = "hi", *, headers: dict[str, str] | None = None, **members: Any) -> Any:
+        """The same, as a context: the answer is there as soon as its head is."""
+        body = {"model": "model-1", "messages": [{"role": "user", "content": content}], **members}
+        return self.session.post(f"{self.base_url}/chat/completions", json=body, headers=headers)
+
+    async def landed(self) -> None:
+        """Waits until no upstream call is running, and all that is to be stored is."""
+        await asyncio.gather(*self.service._flights._tasks, return_exceptions=True)
+
+    async def stores(self, content: str = "hi", *, headers: dict[str, str] | None = None, **members: Any) -> bool:
+        """Whether the answer to this is stored."""
+        await self.landed()
+        got = await self.chat(content, headers={**(headers or {}), "Cache-Control": "only-if-cached"}, **members)
+        assert got.status in (200, 504)
+        return got.status == 200
+
+
+async def next_block(response: aiohttp.ClientResponse) -> str:
+    """The next event or comment of a stream, as soon as it is there; empty at the end."""
+    block = b""
+    while line := await response.content.readline():
+        if line == b"\n":
+            break
+        block += line
+    return block.decode().rstrip("\n")
+
+
+@dataclass
+class Got:
+    """An answer, read to its end."""
+
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def cache_status(self) -> str:
+        return self.headers["Cache-Status"]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[str]:
+        """The data of the stream's events."""
+        return [block.removeprefix("data: ") for block in self.body.decode().split("\n\n") if block.startswith("data:")]
+
+
+async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
+    """The application as `gateway.app.serve` runs it, but for its signals."""
+    router = build_router(loaded)
+    for each in router.upstreams:
+        stack.push_async_callback(each.close)
+    store, _ = await open_store(stack, loaded)
+    app = build_app(loaded.config, store, router)
+    runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    session = await stack.enter_async_context(aiohttp.ClientSession())
+    return Gateway(f"http://127.0.0.1:{port}", session, app[SERVICE], store)
