@@ -1,15 +1,15 @@
-"""A stream as a recording: frames with their timing, and the byte spans that a reply patches or cuts.
+"""A stream as a recording: frames with their timing, and marks where a reply says something of its own.
 
-Frames are kept as the upstream's own bytes. What a reply changes is found once, when the frame arrives, and
-kept as spans: the values of ``id`` and ``created`` (fresh on a hit), and the member ``usage``, which reaches only
-a caller who asked for it. All else is passed on untouched, unknown members included.
+Frames are kept as the upstream's own bytes. What a reply changes is found once, when the frame arrives: the values of
+``id`` and ``created`` (fresh on a hit), and the member ``usage``, which reaches only a caller who asked for it. In a
+recording a mark stands in their place: a control character, which no JSON text holds, so that a reply is three
+replacements at the speed of memory and can touch nothing else. What stood there is kept beside it.
 """
 
 import re
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from gateway.core.apis.base import Assembler, numbered
 from gateway.core.json_scan import cut_member, members
 
 SCHEMA_VERSION = 1
-_HINTS_AND_COUNTS = struct.Struct("<6I")
+_HEADER = struct.Struct("<7I")
+_USAGE, _ID, _CREATED = b"\x01", b"\x02", b"\x03"
 _LF, _CR = b"\n\r"  # as numbers, which are found in bytes at once
 _HEAD = b"data: "
 _TAIL = b"\n\n"
@@ -50,10 +51,12 @@ class Frame(NamedTuple):
     full: bytes
     cut: Span | None
     at_us: int
+    id: Span | None
+    created: Span | None
 
     @property
     def plain(self) -> bytes:
-        full, cut, _ = self
+        full, cut = self.full, self.cut
         return full if cut is None else full[: cut[0]] + full[cut[1] :]
 
     @property
@@ -83,9 +86,13 @@ Scan = tuple[Span | None, Span | None, Span | None]
 
 
 class Scanner:
-    """Scans the chunks of one stream. It remembers how they begin: most chunks of a stream share their first members."""
+    """Scans the chunks of one stream. It remembers how they begin: most chunks of a stream share their first members.
 
-    def __init__(self) -> None:
+    Spans are counted from ``offset`` bytes before the chunk.
+    """
+
+    def __init__(self, offset: int = 0) -> None:
+        self._offset = offset
         self._prefix = b""
         self._id: Span | None = None
         self._created: Span | None = None
@@ -96,7 +103,7 @@ class Scanner:
             if "usage" not in chunk:
                 return self._id, self._created, None
             if usage := _null_usage_at_end(payload):
-                return self._id, self._created, usage
+                return self._id, self._created, self._shifted(*usage)
         return self._scan_members(payload)
 
     def _scan_members(self, payload: bytes) -> Scan:
@@ -105,16 +112,19 @@ class Scanner:
             value = payload[member.value_start : member.value_end]
             # Azure's first chunk is nobody's and of no time: it stays so.
             if member.name == b"id" and value[:1] == b'"' and value != b'""':
-                id_span = (member.value_start, member.value_end)
+                id_span = self._shifted(member.value_start, member.value_end)
             elif member.name == b"created" and value[:1] in _NONZERO:
-                created_span = (member.value_start, member.value_end)
+                created_span = self._shifted(member.value_start, member.value_end)
             elif member.name == b"usage":
-                usage_span = cut_member(payload, member)
+                usage_span = self._shifted(*cut_member(payload, member))
         if id_span and created_span:
             # One byte more than the values, or a longer number would look the same.
-            self._prefix = payload[: max(id_span[1], created_span[1]) + 1]
+            self._prefix = payload[: max(id_span[1], created_span[1]) - self._offset + 1]
             self._id, self._created = id_span, created_span
         return id_span, created_span, usage_span
+
+    def _shifted(self, start: int, end: int) -> Span:
+        return start + self._offset, end + self._offset
 
 
 def _null_usage_at_end(payload: bytes) -> Span | None:
@@ -126,82 +136,54 @@ def _null_usage_at_end(payload: bytes) -> Span | None:
     return start, end
 
 
-class Spans:
-    """Byte spans in ascending order."""
-
-    __slots__ = ("lengths", "starts")
-
-    def __init__(self, starts: Iterable[int] = (), lengths: Iterable[int] = ()) -> None:
-        self.starts = array("I", starts)
-        self.lengths = array("I", lengths)
-
-    def add(self, base: int, span: Span) -> None:
-        """Appends a span that is counted from ``base``."""
-        start, end = span
-        self.starts.append(base + start)
-        self.lengths.append(end - start)
-
-    def __iter__(self) -> Iterator[Span]:
-        return ((start, start + length) for start, length in zip(self.starts, self.lengths, strict=True))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spans) and (self.starts, self.lengths) == (other.starts, other.lengths)
-
-    __hash__ = None  # type: ignore[assignment]  # mutable
-
-    def __repr__(self) -> str:
-        return f"Spans({list(self)})"
+Values = tuple[bytes, ...]
+"""What stands behind the marks of one kind: one for all of them, or one for each."""
 
 
-@dataclass(slots=True, eq=True)
+@dataclass(slots=True)
 class Marks:
-    """Where the frames of ``sse`` end, when each arrived (µs), and what a reply patches or cuts.
+    """When each frame of ``sse`` arrived (µs), and what stands behind its marks.
 
-    Two hints make most replies one join of as many slices. ``head`` is how many bytes all frames begin with
-    alike, their id and created included, 0 if they do not; ``plain_frames`` is how many come before those about usage
-    only, if these are the last and either each of the former names usage or none does, else 0.
+    ``size`` is that of ``sse``. A caller who did not ask for usage gets its first ``plain_size`` bytes, without the
+    frames at the places in ``silent``: frames about usage only nearly always come last.
     """
 
-    ends: "array[int]" = field(default_factory=lambda: array("I"))
+    size: int = 0
+    plain_size: int = 0
     at_us: "array[int]" = field(default_factory=lambda: array("Q"))
-    ids: Spans = field(default_factory=Spans)
-    created: Spans = field(default_factory=Spans)
-    cuts: Spans = field(default_factory=Spans)
-    head: int = 0
-    plain_frames: int = 0
+    silent: "array[int]" = field(default_factory=lambda: array("I"))
+    usages: Values = ()
+    ids: Values = ()
+    created: Values = ()
 
     def pack(self) -> bytes:
-        """Two hints, four counts, the times (8 bytes each), then all else (4 bytes each); little-endian."""
-        ids, created, cuts = self.ids, self.created, self.cuts
-        counts = _HINTS_AND_COUNTS.pack(self.head, self.plain_frames, len(self.ends), len(ids), len(created), len(cuts))
-        numbers = self.ends + ids.starts + ids.lengths + created.starts + created.lengths + cuts.starts + cuts.lengths
-        return b"".join((counts, _little_endian(self.at_us[:]).tobytes(), _little_endian(numbers).tobytes()))
+        """Two sizes, five counts, the times (8 bytes each), places and lengths (4 bytes each), values; little-endian."""
+        kinds = self.usages, self.ids, self.created
+        header = _HEADER.pack(self.size, self.plain_size, len(self.at_us), len(self.silent), *map(len, kinds))
+        values = [value for kind in kinds for value in kind]
+        numbers = self.silent + array("I", map(len, values))
+        return b"".join((header, _little_endian(self.at_us[:]).tobytes(), _little_endian(numbers).tobytes(), *values))
 
     @classmethod
     def unpack(cls, data: bytes) -> "Marks":
         """Raises `CorruptRecording`."""
-        if len(data) < _HINTS_AND_COUNTS.size:
+        if len(data) < _HEADER.size:
             raise CorruptRecording("the marks are cut short")
-        head, plain_frames, frames, ids, created, cuts = _HINTS_AND_COUNTS.unpack_from(data)
-        times_end = _HINTS_AND_COUNTS.size + 8 * frames
-        if len(data) != times_end + 4 * frames + 8 * (ids + created + cuts):
+        size, plain_size, frames, silent, usages, ids, created = _HEADER.unpack_from(data)
+        times_end = _HEADER.size + 8 * frames
+        at = times_end + 4 * (silent + usages + ids + created)
+        if at > len(data):
+            raise CorruptRecording("the marks are cut short")
+        times = _little_endian(array("Q", data[_HEADER.size : times_end]))
+        numbers = _little_endian(array("I", data[times_end:at]))
+        values = []
+        for length in numbers[silent:]:
+            values.append(data[at : at + length])
+            at += length
+        if at != len(data):
             raise CorruptRecording("the marks are not as long as they say")
-        times = _little_endian(array("Q", data[_HINTS_AND_COUNTS.size : times_end]))
-        numbers = _little_endian(array("I", data[times_end:]))
-        after_ids = frames + 2 * ids
-        after_created = after_ids + 2 * created
-        return cls(
-            numbers[:frames],
-            times,
-            Spans(numbers[frames : frames + ids], numbers[frames + ids : after_ids]),
-            Spans(numbers[after_ids : after_ids + created], numbers[after_ids + created : after_created]),
-            Spans(numbers[after_created : after_created + cuts], numbers[after_created + cuts :]),
-            head,
-            plain_frames,
-        )
+        kinds = tuple(values[:usages]), tuple(values[usages : usages + ids]), tuple(values[usages + ids :])
+        return cls(size, plain_size, times, numbers[:silent], *kinds)
 
 
 def _little_endian(numbers: "array[int]") -> "array[int]":
@@ -283,25 +265,19 @@ class Recording:
     def stream(self, identity: Identity | None, *, usage: bool) -> bytes:
         """All frames in one piece: under a fresh identity, with or without usage, else as they came."""
         sse, marks = self._frames()
-        if identity is None and usage:
-            return sse
-        if not marks.head or not (usage or marks.plain_frames):
-            return b"".join(self.frames(identity, usage=usage))
-        head = _head_of(identity, sse, marks)
-        return head + head.join(_bodies(sse, marks) if usage else _plain_bodies(sse, marks))
+        text = _filled(sse if usage else sse[: marks.plain_size], marks, identity, usage=usage)
+        if usage or not marks.silent:
+            return text
+        return b"".join(frame for place, frame in enumerate(_split(text)) if place not in marks.silent)
 
     def frames(self, identity: Identity | None, *, usage: bool) -> list[bytes]:
         """The same, one by one. A frame about usage only is empty for a caller who did not ask for it."""
         sse, marks = self._frames()
-        edits: list[tuple[int, int, bytes]] = []
-        if identity:
-            edits += [(start, -end, identity.id) for start, end in marks.ids]
-            edits += [(start, -end, identity.created) for start, end in marks.created]
-        if not usage:
-            edits += [(start, -end, b"") for start, end in marks.cuts]
-        # A frame that is cut whole has an identity too: the outer edit comes first and swallows the inner ones.
-        edits.sort()
-        return _edited(sse, marks.ends, edits)
+        frames = _split(_filled(sse, marks, identity, usage=usage))
+        if usage:
+            return frames
+        spoken = sse.count(_TAIL, 0, marks.plain_size)
+        return [b"" if place >= spoken or place in marks.silent else frame for place, frame in enumerate(frames)]
 
     def whole(self, identity: Identity | None) -> bytes:
         """The assembled body, under a fresh identity if one is given."""
@@ -321,49 +297,22 @@ class Recording:
         return self.sse, self.marks
 
 
-def _head_of(identity: Identity | None, sse: bytes, marks: Marks) -> bytes:
-    """What all frames begin with, under a new identity if one is given."""
-    head = sse[: marks.head]
-    if identity is None:
-        return head
-    spans = [(next(iter(marks.ids)), identity.id), (next(iter(marks.created)), identity.created)]
-    for (start, end), value in sorted(spans, reverse=True):
-        head = head[:start] + value + head[end:]
-    return head
+def _filled(text: bytes, marks: Marks, identity: Identity | None, *, usage: bool) -> bytes:
+    text = _fill(text, _USAGE, marks.usages if usage else (b"",))
+    text = _fill(text, _ID, (identity.id,) if identity else marks.ids)
+    return _fill(text, _CREATED, (identity.created,) if identity else marks.created)
 
 
-def _bodies(sse: bytes, marks: Marks) -> list[bytes]:
-    """What the frames have behind their heads."""
-    head = marks.head
-    return [sse[start + head : end] for start, end in zip(chain((0,), marks.ends), marks.ends, strict=False)]
+def _fill(text: bytes, mark: bytes, values: Values) -> bytes:
+    if len(values) <= 1:
+        return text.replace(mark, values[0]) if values else text
+    *pieces, last = text.split(mark)
+    return b"".join(chain.from_iterable(zip(pieces, values, strict=False))) + last
 
 
-def _plain_bodies(sse: bytes, marks: Marks) -> list[bytes]:
-    """The same without usage."""
-    head, cuts, ends = marks.head, marks.cuts, marks.ends[: marks.plain_frames]
-    starts = chain((0,), ends)
-    if len(cuts) < len(ends):
-        return [sse[start + head : end] for start, end in zip(starts, ends, strict=False)]
-    spans = zip(starts, cuts.starts, cuts.lengths, ends, strict=False)
-    return [sse[start + head : cut] + sse[cut + length : end] for start, cut, length, end in spans]
-
-
-def _edited(sse: bytes, ends: Sequence[int], edits: list[tuple[int, int, bytes]]) -> list[bytes]:
-    """The frames with ``edits``, each a start, a negated end and what takes that span's place."""
-    frames = []
-    edit = at = 0
-    for frame_end in ends:
-        pieces: list[bytes] = []
-        while edit < len(edits) and edits[edit][0] < frame_end:
-            start, negated_end, value = edits[edit]
-            edit += 1
-            if start >= at:
-                pieces += (sse[at:start], value)
-                at = -negated_end
-        pieces.append(sse[at:frame_end])
-        at = frame_end
-        frames.append(b"".join(pieces))
-    return frames
+def _split(text: bytes) -> list[bytes]:
+    """The frames of a text: an empty line ends each, and none holds one."""
+    return [frame + _TAIL for frame in text.split(_TAIL)[:-1]]
 
 
 class Recorder:
@@ -376,8 +325,7 @@ class Recorder:
         self.size_bytes = 0
         self.id = ""
         self._assembler = assembler
-        self._scanner = Scanner()
-        self._marks = Marks()
+        self._scanner = Scanner(len(_HEAD))
 
     def add(self, payload: bytes, at_us: int) -> dict[str, Any] | None:
         """Appends a chunk to ``frames``; returns it parsed if it reports an error, which then is not appended.
@@ -412,49 +360,55 @@ class Recorder:
         return not choices
 
     def _append(self, payload: bytes, scan: Scan, at_us: int, *, about_usage: bool) -> None:
-        full = b"".join((_HEAD, payload, _TAIL))
-        marks, base = self._marks, self.size_bytes
-        body = base + len(_HEAD)
         id_span, created_span, usage_span = scan
-        if id_span:
-            marks.ids.add(body, id_span)
-        if created_span:
-            marks.created.add(body, created_span)
-        cut = None
-        if about_usage:
-            cut = (0, len(full))
-        elif usage_span:
-            cut = (usage_span[0] + len(_HEAD), usage_span[1] + len(_HEAD))
-        if cut:
-            marks.cuts.add(base, cut)
-        self.frames.append(Frame(full, cut, at_us))
+        full = b"".join((_HEAD, payload, _TAIL))
+        cut = (0, len(full)) if about_usage else usage_span
+        self.frames.append(Frame(full, cut, at_us, id_span, created_span))
         self.size_bytes += len(full)
-        marks.ends.append(self.size_bytes)
-        marks.at_us.append(at_us)
 
     def recording(self, meta: Meta, body: bytes) -> Recording:
         """Closes the stream. ``body`` is the assembled answer, or the upstream's own where it did not stream."""
-        marks = self._marks
-        marks.head = self._shared_head()
-        marks.plain_frames = self._plain_frames()
-        return Recording(meta, b"".join([frame.full for frame in self.frames]), marks, body)
+        marker = _Marker()
+        texts = [marker.mark(frame) for frame in self.frames]
+        last = len(texts)
+        while last and self.frames[last - 1].about_usage:
+            last -= 1
+        silent = [place for place, frame in enumerate(self.frames[:last]) if frame.about_usage]
+        sse = b"".join(texts)
+        marks = Marks(
+            size=len(sse),
+            plain_size=sum(map(len, texts[:last])),
+            at_us=array("Q", [frame.at_us for frame in self.frames]),
+            silent=array("I", silent),
+            usages=_few(marker.usages),
+            ids=_few(marker.ids),
+            created=_few(marker.created),
+        )
+        return Recording(meta, sse, marks, body)
 
-    def _shared_head(self) -> int:
-        ids, created, frames = self._marks.ids, self._marks.created, self.frames
-        if not len(ids) == len(created) == len(frames) > 0:
-            return 0
-        end = max(next(iter(spans))[1] for spans in (ids, created))
-        # One byte more than the values, or a longer number would look the same.
-        head = frames[0].full[: end + 1]
-        alike = all(frame.full.startswith(head) for frame in frames)
-        uncut = all(frame.cut is None or frame.about_usage or frame.cut[0] >= end for frame in frames)
-        return end if alike and uncut else 0
 
-    def _plain_frames(self) -> int:
-        plain = [frame for frame in self.frames if not frame.about_usage]
-        about_usage_last = all(frame.about_usage for frame in self.frames[len(plain) :])
-        cut = sum(frame.cut is not None for frame in plain)
-        return len(plain) if about_usage_last and cut in (0, len(plain)) else 0
+class _Marker:
+    """Puts marks into frames, and keeps what stood there."""
+
+    def __init__(self) -> None:
+        self.usages: list[bytes] = []
+        self.ids: list[bytes] = []
+        self.created: list[bytes] = []
+
+    def mark(self, frame: Frame) -> bytes:
+        usage = None if frame.about_usage else frame.cut
+        kinds = (usage, _USAGE, self.usages), (frame.id, _ID, self.ids), (frame.created, _CREATED, self.created)
+        text = frame.full
+        # From the last to the first, so that the spans that are left stay true.
+        for span, mark, values in sorted((kind for kind in kinds if kind[0]), reverse=True, key=lambda kind: kind[0] or ()):
+            start, end = span or (0, 0)
+            values.append(text[start:end])
+            text = text[:start] + mark + text[end:]
+        return text
+
+
+def _few(values: list[bytes]) -> Values:
+    return tuple(values[:1] if len(set(values)) == 1 else values)
 
 
 def body_spans(body: bytes) -> tuple[Span | None, Span | None]:

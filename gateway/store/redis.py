@@ -269,8 +269,8 @@ def _load(want: str, fields: Sequence[bytes | None]) -> Recording | None:
         if want == "whole":
             return Recording(Meta.loads(meta), body=parts[0])
         sse, marks = parts[0] or b"", Marks.unpack(parts[1] or b"")
-        if (marks.ends[-1] if marks.ends else 0) != len(sse):
-            raise StoreCorrupt("the frames are not where the marks say")
+        if marks.size != len(sse):
+            raise StoreCorrupt("the marks are of other frames")
         return Recording(Meta.loads(meta), sse=sse, marks=marks)
     except CorruptRecording as error:
         raise StoreCorrupt(str(error)) from None
