@@ -7,4 +7,4 @@ def in_process_redis() -> Any:
     """A client of its own little server. Imported late: it is slow to load, and seldom needed."""
     from fakeredis.aioredis import FakeRedis  # noqa: PLC0415
 
-    return FakeRedis()
+    return FakeRedis(socket_timeout=None)  # with one, Python 3.11's `asyncio.wait_for` may lose a cancellation

@@ -1,0 +1,636 @@
+"""Redis is killed, frozen, slow, full, forbidden or not there: callers must not notice, and it must be back by itself."""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, closing
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from scripted import chunk
+from stores import KEY, RECORDING, begun, large, until
+
+from gateway.config import RedisConfig
+from gateway.core.key import CacheKey
+from gateway.errors import StoreUnavailable
+from gateway.store.redis import RedisStore, connect
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
+    """What asyncio would only have logged: exceptions that nobody fetched, broken callbacks."""
+    told: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    yield
+    gc.collect(1)
+    assert told == []
+
+
+@pytest.fixture
+async def open_store() -> AsyncIterator[Open]:
+    async with AsyncExitStack() as stack:
+
+        async def open_store(url: str, **settings: Any) -> RedisStore:
+            config = RedisConfig(**{"lookup_timeout_s": 0.1, "command_timeout_s": 1, "cooldown_s": 0.1, **settings})
+            return await stack.enter_async_context(RedisStore(connect(config, url), config))
+
+        yield open_store
+
+
+@pytest.fixture
+async def admin(own_redis) -> AsyncIterator[Redis]:
+    async with Redis.from_url(own_redis.url) as client:
+        yield client
+
+
+class Proxy:
+    """Stands between the store and a server, and takes its time with answers."""
+
+    def __init__(self) -> None:
+        self.delay_s = 0.0
+        self.connections = 0
+        self.asked = b""
+        self.url = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, socket: str) -> None:
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self.connections += 1
+            theirs, ours = await asyncio.open_unix_connection(socket)
+            for task in (self._ask(reader, ours), self._answer(theirs, writer)):
+                self._tasks.add(asyncio.create_task(task))
+
+        self._server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            while data := await reader.read(65536):
+                self.asked += data
+                writer.write(data)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            while data := await reader.read(65536):
+                await asyncio.sleep(self.delay_s)
+                writer.write(data)
+
+    async def stop(self) -> None:
+        assert self._server
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def proxy(own_redis, no_task_is_left: None) -> AsyncIterator[Proxy]:
+    proxy = Proxy()
+    await proxy.start(own_redis.url.removeprefix("unix://"))
+    yield proxy
+    await proxy.stop()
+
+
+def kill(server: Any) -> None:
+    server.stop()
+
+
+def freeze(server: Any) -> None:
+    server.signal(signal.SIGSTOP)
+
+
+def thaw(server: Any) -> None:
+    server.signal(signal.SIGCONT)
+
+
+FAULTS = pytest.mark.parametrize(
+    ("fail", "mend"),
+    [pytest.param(kill, lambda server: server.start(), id="killed"), pytest.param(freeze, thaw, id="frozen")],
+)
+
+
+async def refused(store: RedisStore) -> str:
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.lookup(KEY, "whole")
+    return str(caught.value)
+
+
+def refused_at_once(store: RedisStore) -> bool:
+    """Whether a lookup fails before it has waited for anything."""
+    with pytest.raises(StoreUnavailable, match="away"):
+        store.lookup(KEY, "whole").send(None)  # type: ignore[attr-defined]
+    with pytest.raises(StoreUnavailable, match="away"):
+        store.store(KEY, RECORDING).send(None)  # type: ignore[attr-defined]
+    return True
+
+
+async def until_stored(store: RedisStore) -> None:
+    """A machine under load may make a healthy server late."""
+    await until(lambda: store.available)
+    await store.store(KEY, RECORDING)
+    await until_found(store)
+
+
+async def until_found(store: RedisStore) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                assert await store.lookup(KEY, "whole")
+            except StoreUnavailable:
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@FAULTS
+async def test_after_three_failures_in_a_row_nobody_waits_until_it_is_back(own_redis, open_store, fail, mend):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    fail(own_redis)
+    for _ in range(3):
+        assert store.available
+        assert "away" not in await refused(store)
+    assert not store.available
+    assert refused_at_once(store)
+    mend(own_redis)
+    await until_stored(store)
+
+
+async def test_a_hiccup_that_hits_many_lookups_counts_once(own_redis, open_store):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    freeze(own_redis)
+    lookups = [store.lookup(CacheKey(str(number)), "whole") for number in range(100)]
+    for result in await asyncio.gather(*lookups, return_exceptions=True):
+        assert isinstance(result, StoreUnavailable)
+    assert store.available
+    thaw(own_redis)
+    await until_found(store)
+    freeze(own_redis)
+    await refused(store)
+    await refused(store)
+    assert store.available
+    thaw(own_redis)
+
+
+async def until_hung_up(store: RedisStore) -> None:
+    """The news of a closed connection take a turn of the loop or two."""
+    idle = store._client.connection_pool._available_connections
+    assert idle
+    await until(lambda: all(connection._reader.at_eof() for connection in idle))
+
+
+async def test_a_restart_costs_no_lookup_where_connections_lie_idle(own_redis, open_store):
+    store = await open_store(own_redis.url, lookup_timeout_s=2)
+    await asyncio.gather(*(store.lookup(CacheKey(str(number)), "whole") for number in range(100)))
+    await until_stored(store)
+    own_redis.stop()
+    own_redis.start()
+    await until_hung_up(store)
+    assert await store.lookup(KEY, "whole") is None
+
+
+async def test_a_restart_of_a_server_on_tcp_costs_no_lookup_either(own_redis, proxy, open_store):
+    store = await open_store(proxy.url, lookup_timeout_s=2)
+    await until_stored(store)
+    own_redis.stop()
+    own_redis.start()
+    await until_hung_up(store)
+    assert await store.lookup(KEY, "whole") is None
+
+
+async def test_a_server_that_comes_back_empty_is_told_the_same_secret(own_redis, open_store):
+    store = await open_store(own_redis.url)
+    secret = store.secret
+    own_redis.stop()
+    await until_away(store)
+    own_redis.start()
+    await until(lambda: store.available)
+    assert store.secret == secret
+    async with Redis.from_url(own_redis.url) as client:
+        assert await client.get("gw:secret") == secret
+
+
+async def until_away(store: RedisStore) -> None:
+    async with asyncio.timeout(5):
+        while store.available:
+            await refused(store)
+
+
+async def test_a_server_that_is_not_there_at_start_is_found_later(own_redis, open_store, caplog):
+    own_redis.stop()
+    store = await open_store(own_redis.url)
+    assert not store.available
+    assert refused_at_once(store)
+    assert len(warnings(caplog)) == 1
+    own_redis.start()
+    await until_stored(store)
+    assert warnings(caplog)[1:] == ["Redis is back"]
+
+
+async def test_a_server_that_never_answers_holds_up_neither_start_nor_end(open_store):
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    began = time.monotonic()
+    store = await open_store(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", connect_timeout_s=0.2)
+    assert not store.available
+    assert refused_at_once(store)
+    await store.close()
+    assert time.monotonic() - began < 3
+    server.close()
+
+
+async def test_a_wrong_password_is_told_and_not_shown(own_redis, admin, open_store, caplog):
+    await admin.config_set("requirepass", "right")
+    store = await open_store(own_redis.url.replace("unix://", "unix://:hunter2@"))
+    assert not store.available
+    assert len(warnings(caplog)) == 1
+    assert "password" in caplog.text
+    assert "hunter2" not in caplog.text
+    await admin.config_set("requirepass", "hunter2")
+    await until_stored(store)
+
+
+async def test_an_outage_is_told_once(own_redis, open_store, caplog):
+    store = await open_store(own_redis.url, cooldown_s=0.01)
+    own_redis.stop()
+    looks = count_looks(store)
+    await until_away(store)
+    await until(lambda: len(looks) > 5)
+    assert len(warnings(caplog)) == 1
+    own_redis.start()
+    await until_stored(store)
+    assert warnings(caplog)[1:] == ["Redis is back"]
+
+
+async def test_a_store_that_comes_and_goes_does_not_fill_the_log(own_redis, open_store, caplog):
+    store = await open_store(own_redis.url, cooldown_s=0.01)
+    for _ in range(4):
+        own_redis.stop()
+        await until_away(store)
+        own_redis.start()
+        await until(lambda: store.available)
+    assert len(warnings(caplog)) == 2
+
+
+async def test_a_long_outage_is_told_again_after_an_interval(own_redis, open_store, caplog, monkeypatch):
+    monkeypatch.setattr("gateway.store.redis._LOG_INTERVAL_S", 0.1)
+    store = await open_store(own_redis.url, cooldown_s=0.01)
+    own_redis.stop()
+    await until_away(store)
+    await until(lambda: len(warnings(caplog)) >= 3)
+    assert all("requests go on without the cache" in warning for warning in warnings(caplog))
+
+
+def count_looks(store: RedisStore) -> list[None]:
+    looks: list[None] = []
+    look = store._look
+
+    async def counted() -> None:
+        looks.append(None)
+        await look()
+
+    store._look = counted  # type: ignore[method-assign]
+    return looks
+
+
+async def test_an_answer_that_came_while_the_loop_was_stalled_is_not_lost(own_redis, open_store):
+    store = await open_store(own_redis.url, lookup_timeout_s=0.05, command_timeout_s=5)
+    await until_stored(store)
+    freeze(own_redis)
+    lookup = asyncio.create_task(store.lookup(KEY, "whole"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    thaw(own_redis)
+    time.sleep(0.5)  # noqa: ASYNC251  # the fault
+    assert await lookup
+
+
+async def test_a_stall_of_the_loop_does_not_make_lookups_wait_for_ever(own_redis, open_store):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    freeze(own_redis)
+    lookup = asyncio.create_task(store.lookup(KEY, "whole"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    time.sleep(0.3)  # noqa: ASYNC251  # the fault
+    with pytest.raises(StoreUnavailable, match="in time"):
+        await lookup
+
+
+async def test_writes_that_succeed_slowly_do_not_hide_that_lookups_are_late(proxy, open_store):
+    store = await open_store(proxy.url, lookup_timeout_s=0.03, command_timeout_s=5)
+    await until_stored(store)
+    proxy.delay_s = 0.4
+    for number in range(3):
+        assert await store.store(KEY, begun(number, b"{}"))
+        assert "in time" in await refused(store)
+    assert not store.available
+
+
+async def test_a_server_too_slow_for_lookups_is_not_back_until_it_is_quick(proxy, open_store):
+    store = await open_store(proxy.url, lookup_timeout_s=0.02, connect_timeout_s=5, cooldown_s=0.02)
+    await until_stored(store)
+    proxy.delay_s = 0.25
+    await until_away(store)
+    await until(lambda: proxy.asked.count(b"gw:probe") >= 3, within_s=10)
+    assert not store.available
+    proxy.delay_s = 0
+    await until_stored(store)
+
+
+async def test_a_late_answer_costs_no_connection(proxy, open_store):
+    store = await open_store(proxy.url, lookup_timeout_s=0.03, command_timeout_s=5)
+    await until_stored(store)
+    before = proxy.connections
+    proxy.delay_s = 0.4
+    await refused(store)
+    await until(lambda: not store._lookups._running)
+    proxy.delay_s = 0
+    await until_found(store)
+    assert proxy.connections == before
+
+
+async def test_callers_who_leave_while_the_server_is_frozen_harm_nobody(own_redis, open_store):
+    store = await open_store(own_redis.url, lookup_timeout_s=5, command_timeout_s=5)
+    await until_stored(store)
+    freeze(own_redis)
+    tasks = [asyncio.create_task(store.lookup(KEY, "whole")) for _ in range(8)]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    await asyncio.sleep(0)
+    thaw(own_redis)
+    assert all(await asyncio.gather(*tasks[1::2]))
+    assert store.available
+
+
+async def test_who_asks_for_a_stored_answer_only_waits_longer(own_redis, open_store):
+    store = await open_store(own_redis.url, command_timeout_s=0.1)
+    await until_stored(store)
+    freeze(own_redis)
+    patient = asyncio.create_task(store.lookup(KEY, "whole", patient=True))
+    await until_away(store)
+    assert not patient.done()
+    thaw(own_redis)
+    assert await patient
+
+
+async def test_patient_callers_do_not_take_the_others_places(own_redis, open_store):
+    store = await open_store(own_redis.url, command_timeout_s=0.1)
+    await until_stored(store)
+    freeze(own_redis)
+    patient = [asyncio.create_task(store.lookup(CacheKey(str(number)), "whole", patient=True)) for number in range(100)]
+    await until_away(store)
+    thaw(own_redis)
+    assert await asyncio.gather(*patient) == [None] * 100
+    await until(lambda: store.available)
+
+
+async def test_a_write_that_takes_too_long_is_given_up(own_redis, open_store):
+    store = await open_store(own_redis.url, command_timeout_s=0.1)
+    await until_stored(store)
+    freeze(own_redis)
+    with pytest.raises(StoreUnavailable):
+        await store.store(KEY, RECORDING)
+    thaw(own_redis)
+    await until_stored(store)
+
+
+async def test_writes_that_wait_are_given_up_once_the_server_is_away(own_redis, open_store):
+    store = await open_store(own_redis.url, command_timeout_s=0.6)
+    await until_stored(store)
+    freeze(own_redis)
+    writes = [asyncio.create_task(store.store(CacheKey(str(number)), RECORDING)) for number in range(200)]
+    await until_away(store)
+    for result in await asyncio.gather(*writes, return_exceptions=True):
+        assert isinstance(result, StoreUnavailable)
+    assert store._unwritten_bytes == 0
+
+
+async def test_recordings_that_wait_to_be_written_do_not_fill_the_memory(own_redis, open_store, monkeypatch):
+    monkeypatch.setattr("gateway.store.redis._MAX_UNWRITTEN_BYTES", 1_000_000)
+    store = await open_store(own_redis.url, command_timeout_s=5)
+    await until_stored(store)
+    freeze(own_redis)
+    recording = large(150_000)
+    writes = [asyncio.create_task(store.store(CacheKey(str(number)), recording)) for number in range(6)]
+    await asyncio.wait(writes, return_when=asyncio.FIRST_COMPLETED)
+    done = [write for write in writes if write.done()]
+    assert len(done) == 3
+    for write in done:
+        with pytest.raises(StoreUnavailable, match="too much"):
+            await write
+    thaw(own_redis)
+    assert all(await asyncio.gather(*(set(writes) - set(done))))
+    assert await store.store(KEY, large(2_000_000))
+
+
+async def test_a_store_whose_server_is_frozen_in_a_large_write_can_be_closed(own_redis, open_store):
+    store = await open_store(own_redis.url, connect_timeout_s=0.2)
+    await until_stored(store)
+    freeze(own_redis)
+    write = asyncio.create_task(store.store(KEY, large(4_000_000)))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    await store.close()
+    with pytest.raises(StoreUnavailable):
+        await write
+
+
+async def read_only(admin: Redis) -> None:
+    await admin.replicaof("127.0.0.1", 1)
+
+
+async def full(admin: Redis) -> None:
+    await admin.config_set("maxmemory-policy", "noeviction")
+    await admin.config_set("maxmemory", 1)
+
+
+async def forbidden(admin: Redis) -> None:
+    await admin.execute_command("ACL", "SETUSER", "default", "-hset")
+
+
+@pytest.mark.parametrize("refuse_writes", [read_only, full, forbidden])
+async def test_a_server_that_refuses_writes_is_still_read(own_redis, admin, open_store, caplog, refuse_writes):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    await refuse_writes(admin)
+    for number in range(5):
+        with pytest.raises(StoreUnavailable):
+            await store.store(KEY, begun(number, b"{}"))
+    assert store.available
+    assert (await store.lookup(KEY, "whole")).body == RECORDING.body
+    assert len(warnings(caplog)) == 1
+    assert "refuses" in caplog.text
+
+
+async def test_a_replica_that_takes_no_secret_is_read_under_the_one_it_has(own_redis, admin, open_store):
+    await admin.set("gw:secret", b"the secret of the others")
+    await read_only(admin)
+    store = await open_store(own_redis.url)
+    assert store.available
+    assert store.secret == b"the secret of the others"
+
+
+async def test_lookups_that_are_forbidden_delete_nothing(own_redis, admin, open_store):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    await admin.execute_command("ACL", "SETUSER", "default", "-hmget")
+    for _ in range(3):
+        assert "permission" in await refused(store)
+    assert not store.available
+    await admin.execute_command("ACL", "SETUSER", "default", "+hmget")
+    await until(lambda: store.available)
+    await until_found(store)
+
+
+async def test_what_the_client_breaks_with_is_a_failure_like_any_other(own_redis, open_store, monkeypatch):
+    store = await open_store(own_redis.url)
+
+    async def break_down(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the handler is closed")
+
+    with monkeypatch.context() as patch:
+        for method in ("execute_command", "get"):
+            patch.setattr(store._client, method, break_down)
+        for _ in range(3):
+            assert "handler" in await refused(store)
+        assert not store.available
+        looks = count_looks(store)
+        await until(lambda: len(looks) > 1)
+    await until_stored(store)
+
+
+# Through the gateway
+
+
+REDIS = {"lookup_timeout_s": 0.2, "command_timeout_s": 0.5, "connect_timeout_s": 0.5, "cooldown_s": 0.1}
+
+
+@pytest.fixture
+def quick_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers come from Redis at once, not from the flight that has just ended."""
+    monkeypatch.setattr("gateway.flight._LINGER_S", 0.0)
+    monkeypatch.setattr("gateway.store.redis._PATIENT_S", 0.3)
+
+
+async def until_hit(gateway: Any, content: str) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            await until(lambda: not gateway.service._flights._by_key)
+            answer = await gateway.chat(content)
+            assert answer.status == 200
+            if "gateway; hit" in answer.cache_status:
+                return
+
+
+async def health(gateway: Any) -> str:
+    async with gateway.session.get(f"{gateway.origin}/healthz") as response:
+        assert response.status == 200
+        return (await response.json())["store"]
+
+
+@FAULTS
+@pytest.mark.usefixtures("quick_to_forget")
+async def test_callers_are_served_while_redis_is_away_and_hit_when_it_is_back(
+    start_gateway, own_redis, upstream, fail, mend
+):
+    gateway = await start_gateway(redis={"url": own_redis.url, **REDIS})
+    await until_hit(gateway, "before")
+    assert await health(gateway) == "ok"
+    fail(own_redis)
+    for number in range(5):
+        answer = await gateway.chat(f"during {number}" if number else "before", stream=number % 2 == 0)
+        assert answer.status == 200
+        assert "Hello" in answer.body.decode()
+        assert "fwd=miss" in answer.cache_status
+        assert "detail=store-unavailable" in answer.cache_status
+    assert await health(gateway) == "unavailable"
+    mend(own_redis)
+    await until(lambda: gateway.store.available)
+    assert await health(gateway) == "ok"
+    asked = len(upstream.asked)
+    await until_hit(gateway, "before")
+    if fail is freeze:
+        assert len(upstream.asked) == asked
+
+
+async def test_a_redis_that_freezes_in_mid_stream_holds_up_no_token(start_gateway, own_redis, upstream):
+    async def talk(asked: Any) -> None:
+        await asked.head()
+        await asked.event(chunk({"role": "assistant", "content": "one"}))
+        await asked.gate("middle")
+        await asked.event(chunk({"content": "two"}, "stop"))
+        await asked.done()
+
+    upstream.script = talk
+    gateway = await start_gateway(redis={"url": own_redis.url, **REDIS})
+    answer = asyncio.create_task(gateway.chat(stream=True))
+    await upstream.gate("middle").reached.wait()
+    freeze(own_redis)
+    upstream.gate("middle").released.set()
+    assert (await answer).events[-1] == "[DONE]"
+    thaw(own_redis)
+
+
+@FAULTS
+@pytest.mark.usefixtures("quick_to_forget")
+async def test_only_if_cached_is_503_while_redis_is_away(start_gateway, own_redis, upstream, fail, mend):
+    gateway = await start_gateway(redis={"url": own_redis.url, **REDIS})
+    await until_hit(gateway, "hi")
+    asked = len(upstream.asked)
+    fail(own_redis)
+    for _ in range(4):
+        answer = await gateway.chat("hi", headers={"Cache-Control": "only-if-cached"})
+        assert answer.status == 503
+        assert answer.json["error"]["type"] == "gateway_error"
+    mend(own_redis)
+    await until(lambda: gateway.store.available)
+    answer = await gateway.chat("hi", headers={"Cache-Control": "only-if-cached"})
+    assert answer.status == (200 if fail is freeze else 504)
+    assert len(upstream.asked) == asked
+
+
+@pytest.mark.usefixtures("quick_to_forget")
+async def test_a_gateway_starts_without_its_redis_and_says_so(start_gateway, own_redis, caplog):
+    own_redis.stop()
+    gateway = await start_gateway(redis={"url": own_redis.url, **REDIS})
+    assert len(warnings(caplog)) == 1
+    assert "requests go on without the cache" in caplog.text
+    answer = await gateway.chat()
+    assert answer.status == 200
+    assert "detail=store-unavailable" in answer.cache_status
+    own_redis.start()
+    await until(lambda: gateway.store.available)
+    await until_hit(gateway, "hi")
+
+
+@pytest.mark.usefixtures("quick_to_forget")
+async def test_a_corrupt_recording_is_a_miss_that_says_so(start_gateway, own_redis, admin, upstream):
+    gateway = await start_gateway(redis={"url": own_redis.url, **REDIS, "lookup_timeout_s": 2.0})
+    await until_hit(gateway, "hi")
+    [name] = [name async for name in admin.scan_iter(match="*:rec")]
+    await admin.hset(name, "meta", os.urandom(100))
+    asked = len(upstream.asked)
+    answer = await gateway.chat("hi")
+    assert answer.status == 200
+    assert "detail=store-corrupt" in answer.cache_status
+    await until_hit(gateway, "hi")
+    assert len(upstream.asked) == asked + 1
