@@ -16,10 +16,11 @@ import aiohttp
 import httpx2
 import openai
 import orjson
-from openai import AsyncOpenAI, AsyncStream, Omit
+from openai import AsyncOpenAI, Omit
 from openai._vendor.httpx_aiohttp import AiohttpTransport  # the one behind DefaultAioHttpClient, which takes no session
 
 from gateway.config import OpenAIUpstreamConfig
+from gateway.core.apis import APIS
 from gateway.core.sse import Decoder, Event, EventTooLarge
 from gateway.errors import (
     UpstreamBroke,
@@ -98,33 +99,23 @@ class _DirectTransport(httpx2.AsyncClient):
 
 
 class _Client(AsyncOpenAI):
-    """The official client, with a shorter way to a request whose body is ready.
+    """The official client, with a way of its own for raw bytes."""
 
-    Its own takes 0.2 ms to put together what is the same each time, and every first token waits for it. Should a later
-    version build its requests under another name, this is not called, and all is as before but for those 0.2 ms.
-    """
+    async def post_bytes(self, url: httpx2.URL, headers: Mapping[str, str], content: bytes) -> httpx2.Response:
+        """What ``post`` does where it is asked for the bare response, its body unread; raises the client's typed errors.
 
-    _urls: dict[str, httpx2.URL]
-    _unchanging: dict[str, str]
-
-    def _build_request(self, options: Any, *, retries_taken: int = 0) -> httpx2.Request:
-        if not isinstance(options.content, bytes):
-            return super()._build_request(options, retries_taken=retries_taken)
-        url = self._urls.get(options.url)
-        if url is None:
-            url = self._urls[options.url] = self._prepare_url(options.url)
-        headers = {name: value for name, value in options.headers.items() if isinstance(value, str)}
-        return self._client.build_request("POST", url, headers={**self._unchanging, **headers}, content=options.content)
-
-    def prepare(self, api_key: str | None) -> None:
-        """Puts together what all requests share."""
-        self._urls = {}
-        self._unchanging = {
-            "accept": "application/json",
-            "content-type": "application/json",
-            "user-agent": self.user_agent,
-            **({"authorization": f"Bearer {api_key}"} if api_key else {}),
-        }
+        Around that ``post`` builds and copies models, which costs 0.3 ms: every first token would wait for it.
+        """
+        sent = {"accept": "application/json", "content-type": "application/json", "user-agent": self.user_agent, **headers}
+        request = self._client.build_request("POST", url, headers=sent, content=content)
+        response = await self._client.send(request, stream=True)
+        if response.is_success:
+            return response
+        try:
+            await response.aread()
+        finally:
+            await response.aclose()
+        raise self._make_status_error_from_response(response)
 
 
 class OpenAIUpstream:
@@ -147,8 +138,8 @@ class OpenAIUpstream:
         )
         # The client takes these from the environment, which is the configuration's alone to read.
         self._client.organization = self._client.project = None
-        self._client.prepare(api_key)
         self._api_key = api_key
+        self._urls = {api.path: httpx2.URL(f"{config.base_url}/{api.path}") for api in APIS.values()}
         self._refused: dict[tuple[str, bytes, Parameter], float] = {}
 
     @asynccontextmanager
@@ -162,7 +153,8 @@ class OpenAIUpstream:
 
     async def models(self, headers: Mapping[str, str]) -> list[dict[str, Any]]:
         """The upstream's own list. Raises `UpstreamError`."""
-        options: Any = {"headers": self._headers(headers), "timeout": _LIST_TIMEOUT_S}
+        sent: dict[str, str | Omit] = {"authorization": Omit(), **self._headers(headers)}
+        options: Any = {"headers": sent, "timeout": _LIST_TIMEOUT_S}
         with _errors_mapped():
             response = await self._client.get("/models", cast_to=httpx2.Response, options=options)
         try:
@@ -176,11 +168,9 @@ class OpenAIUpstream:
         self, method: str, path: str, headers: Mapping[str, str], body: AsyncIterator[bytes] | bytes | None
     ) -> AsyncIterator[Relayed]:
         """Passes a request on as it is, whatever the status of its answer. Raises `UpstreamError`."""
-        sent = dict(headers)
-        if self._api_key:
-            sent["authorization"] = f"Bearer {self._api_key}"
+        url = f"{self._config.base_url}/{path}"
         with _errors_mapped():
-            request = self._http.build_request(method, f"{self._config.base_url}/{path}", headers=sent, content=body)
+            request = self._http.build_request(method, url, headers=self._headers(headers), content=body)
             response = await self._http.send(request, stream=True)
         try:
             passed = {name: value for name, value in response.headers.items() if _passes_back(name, _RELAYED_BACK)}
@@ -219,7 +209,7 @@ class OpenAIUpstream:
             return _Ask(stream=False, usage=False)
         ask: _Ask = _Ask(stream=True, usage=self._config.ask_usage)
         parameters: tuple[Parameter, ...] = ("stream_options", "stream")
-        for parameter in parameters:
+        for parameter in parameters if self._refused else ():
             if self._refused.get(self._memory(call, parameter), 0.0) > time.monotonic():
                 ask = ask.without(parameter, call) or ask
         return ask
@@ -237,22 +227,15 @@ class OpenAIUpstream:
         return str(call.body.get("model")), blake2b(credential, digest_size=16).digest(), parameter
 
     async def _post(self, call: Call, ask: _Ask) -> httpx2.Response:
-        options: Any = {"headers": self._headers(call.headers)}
         with _errors_mapped():
-            response: object = await self._client.post(
-                f"/{call.api.path}",
-                cast_to=httpx2.Response,
-                content=ask.body(call),
-                options=options,
-                stream=True,  # of the connection: the body is not read here, whatever it is
-                stream_cls=AsyncStream[object],
-            )
-        assert isinstance(response, httpx2.Response)  # noqa: S101  # what cast_to asked for
-        return response
+            return await self._client.post_bytes(self._urls[call.api.path], self._headers(call.headers), ask.body(call))
 
-    def _headers(self, headers: Mapping[str, str]) -> dict[str, str | Omit]:
-        credential: dict[str, str | Omit] = {} if self._api_key else {"authorization": Omit()}
-        return {**credential, **headers, "accept-encoding": "identity"}  # a compressor holds tokens back
+    def _headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """The caller's, and our key if we have one; nothing compressed: a compressor holds tokens back."""
+        sent = {**headers, "accept-encoding": "identity"}
+        if self._api_key:
+            sent["authorization"] = f"Bearer {self._api_key}"
+        return sent
 
 
 def refused_parameter(refusal: UpstreamRefused) -> Parameter | None:
@@ -349,12 +332,14 @@ class _errors_mapped:  # noqa: N801  # used as a with statement, like contextlib
 def _mapped(error: Exception, *, begun: bool) -> UpstreamError:
     if isinstance(error, openai.APIStatusError):
         response = error.response
+        if response.has_redirect_location:
+            return UpstreamBroke("The upstream redirects to another address: its base_url is not right.")
         kind = response.headers.get("content-type", "application/json")
         return UpstreamRefused(response.status_code, response.content, kind, _passed_back(response))
     if begun and isinstance(error, httpx2.TimeoutException):
         return UpstreamTimeout("The upstream sent nothing for too long.")
     if begun:
         return UpstreamBroke("The upstream's answer was cut off.")
-    if isinstance(error.__cause__, httpx2.ReadTimeout):
+    if isinstance(error, httpx2.ReadTimeout) or isinstance(error.__cause__, httpx2.ReadTimeout):
         return UpstreamTimeout("The upstream did not answer in time.")
     return UpstreamUnreachable("The upstream cannot be reached.")
