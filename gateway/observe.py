@@ -3,13 +3,12 @@
 import asyncio
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _FLUSH_S = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class RequestDetails:
+class RequestDetails(NamedTuple):
     """What there is to say of a request when it has ended. ``status`` is 499 where the caller left before the end."""
 
     request_id: str

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gateway.core.apis import Api, RequestProblem
 from gateway.core.key import CacheKey, cache_key, tenant_of
@@ -41,6 +41,7 @@ class Router(Protocol):
 
 
 _MISS = Disposition("miss")
+_MAX_TENANTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,7 @@ class CacheRules:
     pace: Pace
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A caller's request, read. ``headers`` are found by their names in lower case."""
 
     api: Api
@@ -75,8 +75,7 @@ class Request:
         return isinstance(options, dict) and options.get("include_usage") is True
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """A reader over the answer, and what was done to find it."""
 
     reader: Reader
@@ -95,6 +94,7 @@ class Service:
         self._rules = rules
         self._clock = clock
         self._replays: set[RecordingReader] = set()
+        self._tenants: dict[tuple[bytes, tuple[str, ...]], str] = {}
         # An id must be unlike any other, not hard to guess; asking the system for each would cost a tenth of a hit.
         self._random = random.Random()  # noqa: S311
 
@@ -144,8 +144,7 @@ class Service:
         upstream = route.upstream
         owner = "shared"
         if upstream.passes_credential or not self._rules.shared:
-            credential = [request.headers.get(name, "") for name in CREDENTIAL_HEADERS]
-            owner = tenant_of(self._store.secret, credential)
+            owner = self._tenant(tuple([request.headers.get(name, "") for name in CREDENTIAL_HEADERS]))
         try:
             return cache_key(
                 self._store.secret,
@@ -157,6 +156,15 @@ class Service:
             )
         except RequestProblem as problem:
             raise InvalidRequest(str(problem), param=problem.param) from None
+
+    def _tenant(self, credential: tuple[str, ...]) -> str:
+        known = self._store.secret, credential
+        tenant = self._tenants.get(known)
+        if tenant is None:
+            if len(self._tenants) >= _MAX_TENANTS:
+                self._tenants.clear()
+            tenant = self._tenants[known] = tenant_of(*known)
+        return tenant
 
     async def _lookup(self, key: CacheKey, request: Request) -> tuple[Recording | None, Disposition]:
         directives = request.directives

@@ -34,7 +34,7 @@ RECORDING = Recording(
 
 
 def begun(seconds_later: float, body: bytes) -> Recording:
-    return replace(RECORDING, meta=replace(META, started_at=META.started_at + seconds_later), body=body)
+    return replace(RECORDING, meta=META._replace(started_at=META.started_at + seconds_later), body=body)
 
 
 def large(size_bytes: int) -> Recording:

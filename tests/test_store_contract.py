@@ -132,7 +132,7 @@ async def test_a_recording_of_eight_megabytes_is_written_and_read(backend):
 
 async def test_a_recording_lives_as_long_as_it_says(backend):
     store = await backend.store()
-    await store.store(KEY, replace(RECORDING, meta=replace(META, ttl_s=5000)))
+    await store.store(KEY, replace(RECORDING, meta=META._replace(ttl_s=5000)))
     assert 4_900_000 < await backend.raw.pttl(backend.name) <= 5_000_000
     await store.store(KEY, RECORDING)
     assert 50_000 < await backend.raw.pttl(backend.name) <= 60_000
@@ -140,7 +140,7 @@ async def test_a_recording_lives_as_long_as_it_says(backend):
 
 async def test_a_life_that_no_server_can_count_is_a_long_one(backend):
     store = await backend.store()
-    assert await store.store(KEY, replace(RECORDING, meta=replace(META, ttl_s=1e300)))
+    assert await store.store(KEY, replace(RECORDING, meta=META._replace(ttl_s=1e300)))
     assert await backend.raw.pttl(backend.name) > 1000 * 86_400_000
 
 

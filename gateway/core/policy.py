@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gateway.core.recording import Meta
 
@@ -87,8 +87,7 @@ class StoreRules:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Disposition:
+class Disposition(NamedTuple):
     """What was done for a request. ``detail`` says why, in one token; ages are whole seconds."""
 
     kind: DispositionKind

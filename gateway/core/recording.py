@@ -193,8 +193,7 @@ def _little_endian(numbers: "array[int]") -> "array[int]":
     return numbers
 
 
-@dataclass(frozen=True, slots=True)
-class Meta:
+class Meta(NamedTuple):
     """What is known of a recording besides its bytes. Times are Unix seconds; spans are of ``body``."""
 
     api: str
@@ -214,7 +213,7 @@ class Meta:
     """Whether the upstream answered unstreamed: then the frames are split from ``body``, not the other way round."""
 
     def dumps(self) -> bytes:
-        return orjson.dumps(self)
+        return orjson.dumps(self._asdict())
 
     @classmethod
     def loads(cls, data: bytes) -> "Meta":
@@ -233,8 +232,7 @@ class Meta:
         return meta
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """The ``id`` and ``created`` of one reply, as JSON text."""
 
     id: bytes

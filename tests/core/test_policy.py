@@ -79,7 +79,7 @@ def test_a_stored_answer_is_accepted_by_its_age_and_the_life_it_has_left(header,
 
 @given(st.floats(0, 4e9), st.floats(0, 1e8), st.floats(0, 4e9))
 def test_age_and_remaining_life_are_whole_seconds_and_never_too_good(written_at, ttl_s, now):
-    meta = replace(META, written_at=written_at, ttl_s=ttl_s)
+    meta = META._replace(written_at=written_at, ttl_s=ttl_s)
     assert age_s(meta, now) >= 0
     assert isinstance(age_s(meta, now), int)
     assert isinstance(remaining_s(meta, now), int)

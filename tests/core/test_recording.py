@@ -2,7 +2,6 @@ import contextlib
 import json
 import string
 from array import array
-from dataclasses import replace
 from itertools import product
 
 import orjson
@@ -460,7 +459,7 @@ WHOLE = {
 def test_a_whole_answer_is_patched_in_id_and_created_only(write, body, identity):
     original = write(body)
     body_id, body_created = body_spans(original)
-    meta = Meta.loads(replace(META, body_id=body_id, body_created=body_created).dumps())
+    meta = Meta.loads(META._replace(body_id=body_id, body_created=body_created).dumps())
     recording = Recording(meta, body=original)
     assert recording.whole(None) == original
     assert recording.whole(identity) == write(under(identity, body))
