@@ -149,13 +149,29 @@ def _relay_upstream(config: Config, router: Router) -> Upstream | None:
     return router.default or (router.upstreams[0] if len(router.upstreams) == 1 else None)
 
 
+async def rehearse(loaded: Loaded) -> None:
+    """Makes all that `serve` would make of the configuration, and opens none of it. Raises `ConfigError`."""
+    router = build_router(loaded)
+    if loaded.config.redis.url != "embedded":
+        await connect(loaded.config.redis, loaded.config.redis.url).aclose()
+    for upstream in router.upstreams:
+        await upstream.close()
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop.set)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+
+
 async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
     """Runs until SIGINT or SIGTERM. Raises `ConfigError`, and `OSError` where it cannot listen."""
     config = loaded.config
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    _on_signals(stop)
     async with AsyncExitStack() as stack:
         router = build_router(loaded)
         for upstream in router.upstreams:

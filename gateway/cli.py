@@ -81,10 +81,10 @@ def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
 
 
 def _check(loaded: Loaded) -> int:
-    from gateway.app import build_router, describe_upstreams  # noqa: PLC0415
+    from gateway.app import describe_upstreams, rehearse  # noqa: PLC0415
 
     config = loaded.config
-    asyncio.run(_try_upstreams(lambda: build_router(loaded)))
+    asyncio.run(rehearse(loaded))
     server, cache = config.server, config.cache
     print(f"configuration: {loaded.source}")  # noqa: T201
     print(f"would listen on http://{server.host}:{server.port}/v1")  # noqa: T201
@@ -92,11 +92,6 @@ def _check(loaded: Loaded) -> int:
     print(describe_upstreams(config))  # noqa: T201
     print("ok")  # noqa: T201
     return 0
-
-
-async def _try_upstreams(build: Callable[[], Any]) -> None:
-    for upstream in build().upstreams:
-        await upstream.close()
 
 
 def _say(text: str) -> None:

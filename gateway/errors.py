@@ -156,6 +156,12 @@ class Unavailable(GatewayError):
     code = "unavailable"
 
 
+class StoreAway(Unavailable):
+    """The caller allowed only a stored answer, and the store cannot be asked."""
+
+    code = "store_unavailable"
+
+
 class NotCached(Unavailable):
     """The caller allowed only a stored answer, and there is none (RFC 9111 5.2.1.7)."""
 

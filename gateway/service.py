@@ -10,7 +10,7 @@ from gateway.core.key import CacheKey, cache_key, tenant_of
 from gateway.core.pacing import Pace
 from gateway.core.policy import NO_DIRECTIVES, Directives, Disposition, age_s, remaining_s
 from gateway.core.recording import Identity, Recording
-from gateway.errors import InvalidRequest, NotCached, ShuttingDown, StoreError, StoreUnavailable, Unavailable
+from gateway.errors import InvalidRequest, NotCached, ShuttingDown, StoreAway, StoreError, StoreUnavailable
 from gateway.flight import Flight, Flights, Plan
 from gateway.ports import Call, Clock, Store, Upstream
 from gateway.reader import FlightReader, Reader, RecordingReader
@@ -173,7 +173,7 @@ class Service:
             recording = await self._store.lookup(key, want, patient=directives.only_if_cached)  # type: ignore[arg-type]
         except StoreUnavailable:
             if directives.only_if_cached:
-                raise Unavailable("The store cannot be reached, so nobody can say whether the answer is there.") from None
+                raise StoreAway("The store cannot be reached, so nobody can say whether the answer is there.") from None
             return None, Disposition("miss", "store-unavailable")
         except StoreError:
             return None, Disposition("miss", "store-corrupt")

@@ -631,7 +631,7 @@ async def test_only_if_cached_is_a_hit_or_a_504_and_never_asks_the_model(gateway
 async def test_only_if_cached_does_not_take_an_unreachable_store_for_a_miss(start_gateway, upstream, tmp_path):
     gateway = await start_gateway(redis={"url": f"unix://{tmp_path}/nobody"})
     got = await gateway.chat(headers={"Cache-Control": "only-if-cached"})
-    assert_error(got, 503, "unavailable", kind="gateway_error")
+    assert_error(got, 503, "store_unavailable", kind="gateway_error")
     assert not upstream.asked
     got = await gateway.chat()
     assert parsed(got.cache_status) == {"fwd": "miss", "fwd-status": "200", "detail": "store-unavailable"}

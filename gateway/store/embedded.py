@@ -7,7 +7,6 @@ data directory the cache outlives it; processes that name the same directory sha
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import importlib.util
 import logging
 import os
@@ -182,6 +181,8 @@ def server_binary() -> Path:
 
 def _lock(file: IO[bytes]) -> bool:
     try:
+        import fcntl  # noqa: PLC0415  # not on Windows, where there is no such server either
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
