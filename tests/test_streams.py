@@ -901,3 +901,34 @@ async def test_shutdown_ends_running_streams_with_an_error(gateway, upstream):
     assert (got.status, got.json["error"]["code"]) == (503, "shutting_down")
     await upstream.asked[0].gone.wait()
     assert not await gateway.stores()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_redirect_is_not_followed_with_the_callers_credential(start_gateway, upstream, streamed):
+    async def redirect(asked):
+        await asked.answer(b"", 307, location=f"{upstream.base_url}/elsewhere")
+
+    upstream.script = redirect
+    gateway = await start_gateway()
+    got = await gateway.chat(stream=streamed, headers={"Authorization": "Bearer mine"})
+    assert (got.status, got.json["error"]["code"]) == (502, "upstream_broke")
+    assert [asked.path for asked in upstream.asked] == ["/v1/chat/completions"]
+
+
+async def test_a_cookie_that_the_upstream_sets_travels_with_no_other_request(start_gateway, upstream):
+    async def set_cookie(asked):
+        if asked.path.endswith("/models"):
+            await asked.answer({"object": "list", "data": []}, set_cookie="who=first; Path=/")
+        else:
+            await asked.answer(whole_answer("hi"), set_cookie="who=first; Path=/")
+
+    upstream.script = set_cookie
+    # By its name: cookie jars keep nothing for an address.
+    named = {"name": "scripted", "kind": "openai", "base_url": f"http://localhost:{upstream.port}/v1", "models": ["*"]}
+    gateway = await start_gateway(upstreams=[named])
+    for _ in range(2):
+        await gateway.chat(headers={"Cache-Control": "no-store"})
+        async with gateway.session.get(f"{gateway.base_url}/models") as response:
+            assert response.status == 200
+    assert len(upstream.asked) == 4
+    assert not any("cookie" in asked.headers for asked in upstream.asked)

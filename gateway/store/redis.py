@@ -5,7 +5,8 @@ Keys, all under ``[redis] prefix`` (``gw``):
 | key            | type   | holds                                                                            | lives      |
 |----------------|--------|----------------------------------------------------------------------------------|------------|
 | `gw:{K}:rec`   | hash   | `v` schema version, `at` start of the flight (µs), `meta` (JSON), `sse` (all     | `ttl_s`    |
-|                |        | frames, ready to write), `marks` (frame ends, arrivals, spans), `body` (JSON)    |            |
+|                |        | frames, marked where a reply differs), `marks` (arrivals, and what stood there), |            |
+|                |        | `body` (JSON)                                                                    |            |
 | `gw:secret`    | string | the secret of the cache keys, where the configuration names none                 | for ever   |
 
 ``{K}`` is the cache key, so all keys of one cache key share a slot.
