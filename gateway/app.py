@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,20 +23,24 @@ from gateway.config import (
 from gateway.core.apis import APIS
 from gateway.core.policy import StoreRules
 from gateway.errors import StoreUnavailable
-from gateway.flight import Flights
-from gateway.http import completions, edge, small
+from gateway.flights import Flights
+from gateway.http import completions, edge, small, streams
 from gateway.http.relay import Relay
 from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
-from gateway.service import CacheRules, Service
+from gateway.pump import Rules
+from gateway.service import CacheRules, Service, Tenants
+from gateway.sharing import Terms
 from gateway.store.embedded import EmbeddedServer
 from gateway.store.in_process import in_process_redis
 from gateway.store.redis import RedisStore, connect
+from gateway.streams import Streams
 from gateway.upstreams.router import Router
 
 log = logging.getLogger(__name__)
 
 SERVICE = web.AppKey("service", Service)
+STREAMS = web.AppKey("streams", Streams)
 RUNNING = web.AppKey("running", edge.Running)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
 RUNNER_OPTIONS: dict[str, Any] = {"handler_cancellation": True, "access_log": None, "keepalive_timeout": 75.0}
@@ -66,7 +71,14 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
             log.warning("%s. The cache is kept in this process, slowly, and is gone when it ends.", error)
             client, described = in_process_redis(), "in this process (fakeredis)"
     secret = loaded.secrets.get(loaded.config.cache.key_secret_env)
-    store = RedisStore(client or connect(config, url), config, secret=secret.encode() if secret else None)
+    flights = loaded.config.flights
+    store = RedisStore(
+        client or connect(config, url),
+        config,
+        secret=secret.encode() if secret else None,
+        lease_s=flights.lease_s,
+        resume_s=flights.resume_s,
+    )
     return await stack.enter_async_context(store), described
 
 
@@ -99,8 +111,11 @@ def build_app(config: Config, store: Store, router: Router) -> web.Application:
     running = edge.Running()
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
     app[RUNNING] = running
-    flights = Flights(store, StoreRules(config.cache.finish_reasons, config.cache.max_recording_bytes), clock)
-    app[SERVICE] = Service(router, store, flights, _cache_rules(config), clock)
+    keep = StoreRules(config.cache.finish_reasons, config.cache.max_recording_bytes)
+    flights = Flights(store, keep, clock, _flight_rules(config), secrets.token_hex)
+    tenants = Tenants(store)
+    app[SERVICE] = Service(router, store, flights, tenants, _cache_rules(config), clock)
+    app[STREAMS] = Streams(app[SERVICE], flights, store, tenants, clock)
     _add_routes(app, config, store, router)
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
@@ -123,13 +138,30 @@ def _cache_rules(config: Config) -> CacheRules:
     )
 
 
+def _flight_rules(config: Config) -> Rules:
+    flights = config.flights
+    return Rules(
+        terms=Terms(flights.lease_s, flights.max_flight_bytes),
+        when_abandoned=flights.when_abandoned,
+        abandon_grace_s=flights.abandon_grace_s,
+        idle_timeout_s=flights.idle_timeout_s,
+        total_timeout_s=flights.total_timeout_s,
+    )
+
+
 def _add_routes(app: web.Application, config: Config, store: Store, router: Router) -> None:
     server = config.server
     timing = completions.Timing(server.head_after_s, server.keepalive_s, server.write_timeout_s)
     own: dict[str, list[str]] = {}
     for api in APIS.values():
-        app.router.add_post(f"/v1/{api.path}", completions.handler(api, app[SERVICE], timing))
+        app.router.add_post(
+            f"/v1/{api.path}", completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
+        )
         own[api.path] = ["POST"]
+    app.router.add_get("/v1/streams/{id}", streams.resume(app[STREAMS], app[SERVICE], timing), allow_head=False)
+    app.router.add_post("/v1/streams/{id}/cancel", streams.cancel(app[STREAMS]))
+    app.router.add_get("/v1/streams/{id}/status", streams.status(app[STREAMS]))
+    app.router.add_route("*", "/v1/streams/{rest:.*}", streams.unserved)
     models = small.Models(router, int(time.time()))
     app.router.add_get("/v1/models", models.listing)
     app.router.add_get("/v1/models/{model:.+}", models.one)

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         loaded = load(options.config, os.environ, _flags(options))
         logging.basicConfig(level=loaded.config.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
-        for library in ("httpx2", "openai"):
+        for library in ("httpx2", "openai", "push_response"):
             logging.getLogger(library).setLevel(logging.WARNING)  # they would tell of every request
         for warning in loaded.warnings:
             _say(f"warning: {warning}")

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from gateway.core.pacing import Pace, PaceKind
 from gateway.errors import ConfigError
 
+WhenAbandoned = Literal["finish", "cancel", "finish_if_cacheable"]
 DEFAULT_PATH = Path("config.toml")
 PREFIX = "GATEWAY_"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -62,6 +63,7 @@ class RedisConfig(_Section):
     url: Annotated[str, Field(repr=False)] = "embedded"
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "gw"
     protocol: Annotated[int, Field(ge=2, le=3)] = 3
+    cluster: bool = False
     lookup_timeout_s: Seconds = 0.05
     command_timeout_s: Seconds = 2.0
     connect_timeout_s: Seconds = 1.0
@@ -122,6 +124,17 @@ class ReplayConfig(_Section):
 
     def as_pace(self) -> Pace:
         return Pace(self.pace, self.speed, self.frames_per_s)
+
+
+class FlightsConfig(_Section):
+    lease_s: Annotated[float, Field(ge=0.1, le=3600)] = 5.0
+    when_abandoned: WhenAbandoned = "finish_if_cacheable"
+    abandon_grace_s: SecondsOrZero = 5.0
+    max_flight_bytes: Count = 33_554_432
+    resume_s: Seconds = 300.0
+    event_ids: bool = False
+    idle_timeout_s: Seconds = 600.0
+    total_timeout_s: Seconds = 3600.0
 
 
 class LogConfig(_Section):
@@ -187,6 +200,7 @@ class Config(_Section):
     server: ServerConfig = ServerConfig()
     redis: RedisConfig = RedisConfig()
     cache: CacheConfig = CacheConfig()
+    flights: FlightsConfig = FlightsConfig()
     replay: ReplayConfig = ReplayConfig()
     log: LogConfig = LogConfig()
     upstreams: Annotated[tuple[UpstreamConfig, ...], Field(validate_default=True)] = ()

@@ -148,6 +148,45 @@ class UpstreamBroke(UpstreamError):
     code = "upstream_broke"
 
 
+class StreamDiverged(UpstreamError):
+    """A second run of the call said something else than the stream had already shown, so it cannot go on."""
+
+    code = "stream_diverged"
+
+
+class StreamLost(UpstreamError):
+    """Who ran the call is gone, and nobody can go on with it."""
+
+    code = "stream_lost"
+
+
+class AnswerTooLarge(UpstreamError):
+    """The answer is over ``[flights] max_flight_bytes``, so not all of it can be kept for a reader that needs it all."""
+
+    code = "answer_too_large"
+
+
+class StreamNotFound(RequestError):
+    """No such stream: unknown, expired, or another tenant's."""
+
+    status = 404
+    code = "stream_not_found"
+
+
+class StreamCancelled(RequestError):
+    """The stream was cancelled, by this caller or because nobody was left to read it."""
+
+    status = 499
+    code = "stream_cancelled"
+
+
+class ReaderTooSlow(RequestError):
+    """The caller has fallen behind by more than a flight may keep."""
+
+    status = 408
+    code = "reader_too_slow"
+
+
 class Unavailable(GatewayError):
     """The gateway itself cannot serve this now."""
 
@@ -175,12 +214,45 @@ class ShuttingDown(Unavailable):
     code = "shutting_down"
 
 
+class Retold(GatewayError):
+    """An error that another replica met, as it told it."""
+
+    def __init__(self, told: Mapping[str, Any]) -> None:
+        error = told["error"]
+        super().__init__(str(error.get("message")), param=error.get("param"), headers=told["headers"])
+        self.status = told["status"]
+        self._error = error
+
+    def body(self) -> dict[str, Any]:
+        return {"error": self._error}
+
+
+def told(error: GatewayError) -> dict[str, Any]:
+    """What another replica needs to tell its callers the same (JSON)."""
+    what: dict[str, Any] = {"status": error.status, "headers": error.headers, **error.body()}
+    if isinstance(error, UpstreamRefused):
+        what |= {"content": error.content.decode("latin-1"), "content_type": error.content_type}
+    return what
+
+
+def retold(what: Mapping[str, Any]) -> GatewayError:
+    """The error that `told` wrote down."""
+    if "content" in what:
+        content = what["content"].encode("latin-1")
+        return UpstreamRefused(what["status"], content, what["content_type"], what["headers"])
+    return Retold(what)
+
+
 class StoreError(Exception):
     """The store's fault. Never reaches a caller: the service counts it and goes on without the store."""
 
 
 class StoreUnavailable(StoreError):
     """Refused, timed out, or not in a state to serve."""
+
+
+class StoreFenced(StoreError):
+    """The log has another writer now, or has ended: this one must write no more."""
 
 
 class StoreCorrupt(StoreError):

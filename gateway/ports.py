@@ -1,13 +1,14 @@
 """The seams: what the service needs of a clock, a store and an upstream, and nothing of how they do it."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, NewType, Protocol
 
 from gateway.core.apis import Api
 from gateway.core.key import CacheKey
 from gateway.core.recording import Recording
+from gateway.errors import StoreError
 
 
 class Clock(Protocol):
@@ -78,12 +79,145 @@ class Upstream(Protocol):
     async def close(self) -> None: ...
 
 
+FlightId = NewType("FlightId", str)
+"""16 hexadecimal digits, drawn at random."""
+
+
+class LogName(NamedTuple):
+    """Which log: that of one flight, under the key that it answers."""
+
+    key: CacheKey
+    flight: FlightId
+
+
+class Writer(NamedTuple):
+    """Who writes a log: one run of an upstream call, in one replica. A log that is taken over gets another writer."""
+
+    replica: str
+    run: str
+    """8 hexadecimal digits."""
+
+    def __str__(self) -> str:
+        return f"{self.replica}.{self.run}"
+
+
+class Claimed(NamedTuple):
+    """What a newcomer found when it looked again: a recording, a flight to follow, or nothing, so that it leads."""
+
+    landed: bool = False
+    follow: FlightId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One append: frames that follow those which the log is thought to hold. Without frames it is a heartbeat."""
+
+    log: LogName
+    writer: Writer
+    first: int
+    """How many frames the writer believes to be in the log; the first of ``frames`` has this index."""
+    frames: Sequence[bytes] = ()
+    """Each as it is written to a client: ``data: …`` and an empty line; it holds no other line end."""
+    at_us: Sequence[int] = ()
+    """When each arrived, in microseconds after the flight began."""
+    head: bytes = b""
+    """What readers must know before the first frame, once it is known; written where the log has none."""
+    request: bytes = b""
+    """What a take-over needs of the request; written where ``first`` is 0."""
+    joinable: bool = False
+    """Whether newcomers of this key may join the flight."""
+    readers: int = 0
+    """How many readers the flight has in this replica."""
+    trim_to: int = 0
+    """Frames before this index are no longer needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What the log is like after an append. Where ``count`` is not what was expected, nothing was appended."""
+
+    count: int
+    """How many frames the log has: the writer goes on from there."""
+    listeners: int = 0
+    """Readers in other replicas."""
+    cancelled: frozenset[str] = frozenset()
+    """The readers that were cancelled for good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a log: a head, a batch of frames, a take-over, or the end."""
+
+    count: int
+    """How many frames the log has after this entry."""
+    frames: tuple[bytes, ...] = ()
+    at_us: Sequence[int] = ()
+    head: bytes = b""
+    run: str = ""
+    """The run that goes on from here, where a writer took the log over."""
+    end: bytes = b""
+    """How the flight ended."""
+    body: bytes = b""
+    """With the end: the answer as it came, where the upstream did not stream."""
+    released: bool = False
+    """The writer has given the log up, and whoever still reads it may take it over at once."""
+
+
+class Page(NamedTuple):
+    """What a reader of a log found after its cursor."""
+
+    entries: tuple[Entry, ...]
+    cursor: str
+    """Where the next page begins."""
+    exists: bool
+    """Whether the log is there at all."""
+    lease_s: float
+    """For how long the writer's lease holds on; 0 where there is none."""
+    writer: str = ""
+    """The holder of the lease."""
+    more: bool = False
+    """Whether there are entries that this page had no room for."""
+    cancelled: frozenset[str] = frozenset()
+
+
+LOG_START = "0-0"
+"""The cursor before a log's first entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peeked:
+    """What is left of a flight for those who want to resume it."""
+
+    log: bool = False
+    count: int = 0
+    """How many frames the log has."""
+    head: bytes = b""
+    end: bytes = b""
+    """How the flight ended, if it has."""
+    lease_s: float = 0.0
+    recording: bool = False
+    """Whether its recording is there: the current one of its key, or one that was replaced and is kept for a while."""
+    request: bytes = b""
+    cancelled: frozenset[str] = frozenset()
+    readers: int = 0
+    """In all replicas together."""
+
+
 class Store(Protocol):
-    """Where recordings live. Every method raises `StoreError` only."""
+    """Where recordings, logs and leases live. Every method raises `StoreError` only.
+
+    A log has one writer at a time, who holds its lease: `StoreFenced` tells a writer that the log is another's now.
+    Leases live for ``lease_s`` unless an append renews them; a log, once nothing is appended, for ``resume_s``.
+    """
 
     @property
     def secret(self) -> bytes:
         """The secret that all replicas on this store share: of this process alone until the store is first reached."""
+        ...
+
+    @property
+    def replica(self) -> str:
+        """What this process is called among the replicas."""
         ...
 
     @property
@@ -95,10 +229,77 @@ class Store(Protocol):
         """The recording's parts that such a reply needs, or None. ``patient`` waits seconds, not milliseconds."""
         ...
 
-    async def store(self, key: CacheKey, recording: Recording) -> bool:
-        """Writes a recording for its ``ttl_s``; tells whether it did: one of a later-started flight stays."""
+    async def store(
+        self,
+        key: CacheKey,
+        recording: Recording,
+        *,
+        ends: LogName | None = None,
+        writer: Writer | None = None,
+        end: bytes = b"",
+    ) -> bool:
+        """Writes a recording for its ``ttl_s``; tells whether it did: one of a later-started flight stays.
+
+        With ``ends``, the same step ends that log, as `end` does; raises `StoreFenced` and writes nothing where the log
+        is another's. A recording that is replaced can still be had by `recording_of`, for ``resume_s``.
+        """
         ...
 
     async def delete(self, key: CacheKey) -> None: ...
+
+    async def claim(self, log: LogName, writer: Writer, *, newer_than_us: int = -1) -> Claimed:
+        """Looks again, and leads where there is nothing: as hard a deadline as `lookup`.
+
+        A recording counts only if its flight began later than ``newer_than_us`` (Unix time): an older one was looked at.
+        """
+        ...
+
+    async def append(self, batches: Sequence[Batch]) -> list[Appended | StoreError]:
+        """Appends to several logs in one go. Each result stands for its batch: a `StoreFenced` means stop.
+
+        A lease that is absent is taken again, unless the log has grown or ended without this writer.
+        """
+        ...
+
+    async def read(self, log: LogName, cursor: str, *, readers: int) -> Page:
+        """The entries after the cursor; says how many readers this replica has (0: no more)."""
+        ...
+
+    async def take_over(self, log: LogName, writer: Writer, *, joinable: bool) -> bool:
+        """Takes the lease of a log whose writer has lost it; False where it has a writer or has ended."""
+        ...
+
+    async def release(self, log: LogName, writer: Writer) -> None:
+        """Gives a log up that has not ended: another replica may go on with it at once."""
+        ...
+
+    async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"") -> None:
+        """Ends a log without a recording. Raises `StoreFenced`."""
+        ...
+
+    async def peek(self, log: LogName) -> Peeked:
+        """What is left of a flight."""
+        ...
+
+    async def recording_of(self, log: LogName) -> Recording | None:
+        """The recording that this flight left, for a stream, if it is still kept."""
+        ...
+
+    async def cancel(self, log: LogName, reader: str) -> None:
+        """Remembers that this reader was cancelled, and tells the log's writer and its readers."""
+        ...
+
+    async def listen(self, flight: FlightId, ring: Callable[[], object]) -> None:
+        """Has ``ring`` called whenever a log may have grown, or a reader of it was cancelled; and now and then for nothing.
+
+        It returns once no ring can be missed. A store that cannot be reached rings when it is back.
+        """
+        ...
+
+    def stop_listening(self, flight: FlightId, ring: Callable[[], object]) -> None: ...
+
+    def on_cancelled(self, told: Callable[[FlightId], object]) -> None:
+        """Has ``told`` called when a reader of a log was cancelled that a writer of this replica holds."""
+        ...
 
     async def close(self) -> None: ...

@@ -1,39 +1,100 @@
 """Cursors over logs: what a request holds of an answer, whoever makes it and however it is paced."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import orjson
+
+from gateway.core.content import Diverged, Skip, Trace, parse_position
+from gateway.core.dialects.openai import END, KEEP_ALIVE, KEEP_ALIVE_BETWEEN_IDS, error_event, with_id
 from gateway.core.pacing import Pace, due_by
-from gateway.core.recording import Identity, Recording
-from gateway.errors import GatewayError
-from gateway.flight import Failed, Flight, settle
+from gateway.core.recording import Frame, Identity, Recording, parse_chunk
+from gateway.core.sse import encode
+from gateway.core.stream_id import Cursor, format_cursor
+from gateway.errors import GatewayError, InvalidRequest, ShuttingDown, StreamDiverged, StreamLost
+from gateway.flight import Flight, settle
 from gateway.ports import Clock
 
 # A long recording is written in pieces of about this size, so that a slow client's backlog stays small.
 _PIECE_BYTES = 65_536
+_PIECE_FRAMES = 512
+FROM_START = Cursor(0)
 
 
-class FlightReader:
-    """A cursor over a flight."""
+class EventIds:
+    """Puts an ``id`` on each event of one stream: the cursor to resume from after it."""
 
-    def __init__(self, flight: Flight, *, usage: bool) -> None:
+    def __init__(self, token: str) -> None:
+        self._token = token
+        self._trace: Trace | None = Trace()
+
+    def pass_by(self, payload: bytes) -> None:
+        """A chunk that the caller has, or that is not shown to it."""
+        if self._trace:
+            self._trace.add(parse_chunk(payload))
+
+    def lose_track(self) -> None:
+        """Not all that the caller has is known: from here on its cursors say no more than a number."""
+        self._trace = None
+
+    def stamp(self, event: bytes, number: int) -> bytes:
+        position = self._trace.position() if self._trace else ""
+        return with_id(format_cursor(self._token, number, position), event)
+
+
+class _Ending:
+    """How a stream ends for its caller, whatever it is a stream of."""
+
+    ids: EventIds | None = None
+    nonce = ""
+    """What tells this reader from any other, where it can be resumed."""
+    over = False
+    """Whether the caller had seen all there is, the end included."""
+    _number = 0
+
+    @property
+    def keep_alive(self) -> bytes:
+        return KEEP_ALIVE_BETWEEN_IDS if self.ids else KEEP_ALIVE
+
+    def end_event(self, error: GatewayError | None, *, final: bool = True) -> bytes:
+        """The last event. One that is not ``final``, but an end of this connection only, is no place to resume after."""
+        if self.over:
+            return b""
+        event = error_event(error) if error else END
+        return self.ids.stamp(event, self._number + 1) if self.ids and final else event
+
+
+class FlightReader(_Ending):
+    """A cursor over a flight: it begins behind ``cursor``, as a reader of the run ``run`` has seen it."""
+
+    def __init__(
+        self, flight: Flight, *, usage: bool, cursor: Cursor = FROM_START, run: str = "", ids: EventIds | None = None
+    ) -> None:
         self.flight = flight
+        self.at = flight.base
+        self.ids = ids
         self._usage = usage
-        self._cursor = 0
-        flight.readers += 1
+        self._error: GatewayError | None = None
+        self._place: _Place | None = _Place(flight, cursor, run, usage=usage) if cursor.after or flight.base else None
+        self._rest = b""
+        flight.join(self)
 
     async def head(self, within_s: float | None) -> Mapping[str, str] | None:
-        """The upstream's headers, or None if they did not come in time. Raises the flight's error."""
+        """The upstream's headers, or None if they did not come in time. Raises the flight's error, and the cursor's."""
         flight = self.flight
         loop = asyncio.get_running_loop()
         deadline = None if within_s is None else loop.time() + within_s
-        while flight.headers is None:
-            if isinstance(flight.outcome, Failed):
-                raise flight.outcome.error
+        while flight.headers is None or self._seeks():
+            if self._error:
+                raise self._error
+            if flight.error and flight.headers is None:
+                raise flight.error
             remaining = None if deadline is None else deadline - loop.time()
             if remaining is not None and remaining <= 0:
                 return None
             await flight.changed(remaining)
+        if self._error:
+            raise self._error
         return flight.headers
 
     def at_once(self) -> bytes | None:
@@ -41,47 +102,220 @@ class FlightReader:
 
     async def next(self, idle_s: float) -> bytes | None:
         """What has come since the last call; None after ``idle_s`` without anything; empty at the end."""
-        flight = self.flight
         while True:
-            if self._cursor < len(flight.frames):
-                frames = flight.frames[self._cursor :]
-                self._cursor += len(frames)
-                if data := b"".join([frame.full if self._usage else frame.plain for frame in frames]):
-                    return data
-            elif flight.outcome:
+            if data := self.take():
+                return data
+            if self.at_end:
                 return b""
-            elif not await flight.changed(idle_s):
+            if not await self.flight.changed(idle_s):
                 return None
+
+    def take(self) -> bytes:
+        """What has come since the last call, or a piece of it; empty if there is nothing."""
+        if self._error or self._seeks():
+            return b""
+        data, self._rest = self._rest, b""
+        flight = self.flight
+        while self.at < flight.count and len(data) < _PIECE_BYTES:
+            start = self.at - flight.base
+            data += self._rendered(flight.frames[start : start + _PIECE_FRAMES], _PIECE_BYTES - len(data))
+        return data
+
+    def _rendered(self, frames: Sequence[Frame], room_bytes: int) -> bytes:
+        parts, size = [], 0
+        for frame in frames:
+            parts.append(self._shown(frame))
+            self.at += 1
+            size += len(parts[-1])
+            if size >= room_bytes:
+                break
+        return b"".join(parts)
+
+    def _shown(self, frame: Frame) -> bytes:
+        if self.ids:
+            self.ids.pass_by(frame.payload)
+        data = frame.full if self._usage else frame.plain
+        if not data:
+            return b""
+        self._number += 1
+        return self.ids.stamp(data, self._number) if self.ids else data
+
+    def _seeks(self) -> bool:
+        """Whether it is still unknown where in the log the cursor stands."""
+        place = self._place
+        if place is None:
+            return False
+        try:
+            if not place.find():
+                return True
+        except GatewayError as error:
+            self.cut(error)
+            return False
+        self._place = None
+        self.at, self._number, self.over = place.at, place.number, place.over
+        if self.ids:
+            if self.flight.base:
+                self.ids.lose_track()
+            for frame in self.flight.frames[: self.at - self.flight.base]:
+                self.ids.pass_by(frame.payload)
+        if place.rest is not None:
+            if not self._usage:
+                place.rest.pop("usage", None)
+            event = encode(orjson.dumps(place.rest))
+            self._rest = self.ids.stamp(event, self._number) if self.ids else event
+        return False
 
     @property
     def at_end(self) -> bool:
-        return self.flight.outcome is not None and self._cursor == len(self.flight.frames)
+        if self._error:
+            return True
+        flight = self.flight
+        return flight.outcome is not None and self._place is None and not self._rest and self.at == flight.count
 
     @property
     def error(self) -> GatewayError | None:
-        """Why the log ended early, if it did."""
-        return self.flight.outcome.error if isinstance(self.flight.outcome, Failed) else None
+        """Why the stream ended early, if it did."""
+        return self._error or self.flight.error
+
+    def end(self) -> bytes:
+        """The event that ends the stream."""
+        final = self._error is None and not isinstance(self.error, ShuttingDown)
+        return self.end_event(self.error, final=final)
 
     async def whole(self) -> bytes:
         """The assembled answer, once it is complete. Raises the flight's error."""
-        while self.flight.outcome is None:
+        while self.flight.outcome is None and self._error is None:
             await self.flight.changed()
+        if self._error:
+            raise self._error
         return self.flight.whole()
 
+    def cut(self, error: GatewayError) -> None:
+        self._error = error
+        self.flight.followers.discard(self)
+        self.flight.wake()
+
     def leave(self) -> None:
-        self.flight.leave()
+        self.flight.leave(self)
 
 
-class RecordingReader:
-    """A cursor over a recording, at a pace."""
+class _Place:
+    """Finds where a cursor stands in a log.
 
-    def __init__(self, recording: Recording, identity: Identity | None, *, usage: bool, pace: Pace, clock: Clock) -> None:
+    Frames that are in the log have their numbers for ever. But who read from the replica that ran the call may have seen
+    frames that never got there, if it died: then only the content so far tells where another run's frames go on.
+    """
+
+    def __init__(self, flight: Flight, cursor: Cursor, run: str, *, usage: bool) -> None:
+        self._flight = flight
+        self._cursor = cursor
+        self._run = run
+        self._usage = usage
+        self._skip: Skip | None = None
+        self.at = 0
+        self.number = 0
+        """Of the last event that the caller has."""
+        self.over = False
+        self.rest: dict[str, object] | None = None
+        """What is left of a chunk whose beginning the caller has."""
+
+    def find(self) -> bool:
+        """Whether it is found. Raises `StreamDiverged`, `StreamLost`, and `InvalidRequest` where it is beyond the end."""
+        if not self._is_numbered():
+            return self._find_by_content()
+        if self._find_by_number():
+            return self._is_verified() or self._find_by_content()
+        return False
+
+    def _is_numbered(self) -> bool:
+        """Whether the frame that the cursor counts to may be one of this log."""
+        flight, cursor = self._flight, self._cursor
+        if cursor.position:
+            return len(flight.runs) == 1 or cursor.after <= self._shown_before(flight.count) + (flight.outcome is not None)
+        ended_at = flight.run_ended_at(self._run)
+        return ended_at is None or cursor.after <= self._shown_before(ended_at)
+
+    def _is_verified(self) -> bool:
+        """Whether the content is what the cursor says, if it says anything."""
+        flight, position = self._flight, self._cursor.position
+        if not position or flight.base:
+            return True
+        trace = Trace()
+        for frame in flight.frames[: self.at]:
+            trace.add(parse_chunk(frame.payload))
+        return trace.position() == position
+
+    def _shown_before(self, index: int) -> int:
+        """How many of the frames before ``index`` such a caller sees."""
+        flight = self._flight
+        if self._usage:
+            return index
+        hidden = sum(frame.about_usage for frame in flight.frames[: max(0, index - flight.base)])
+        return index - flight.hidden_before_base - hidden
+
+    def _find_by_number(self) -> bool:
+        flight, after = self._flight, self._cursor.after
+        number = self._shown_before(flight.base)
+        if after < number:
+            raise StreamLost("What comes next was too long ago: it is no longer kept.")
+        for place, frame in enumerate(flight.frames):
+            if number == after:
+                self.at, self.number = flight.base + place, number
+                return True
+            number += self._usage or not frame.about_usage
+        self.at, self.number, self.over = flight.count, after, after == number + 1
+        if after > number and flight.outcome is None:
+            return False
+        if after > number + 1:
+            raise InvalidRequest("The cursor is behind the end of the stream.", param="after")
+        return True
+
+    def _find_by_content(self) -> bool:
+        flight = self._flight
+        if flight.base:
+            raise StreamLost("What comes next was too long ago: it is no longer kept.")
+        if not self._cursor.position:
+            raise StreamDiverged(
+                "Another run goes on with this stream, and the cursor does not say what its caller has seen of the first."
+            )
+        if self._skip is None:
+            self._skip = Skip(*parse_position(self._cursor.position))
+            self.at, self.number, self.over = 0, 0, False
+        try:
+            while not self._skip.reached and self.at < flight.count:
+                frame = flight.frames[self.at]
+                self.rest = self._skip.feed(parse_chunk(frame.payload))
+                self.at += 1
+                self.number += self._usage or not frame.about_usage
+        except Diverged as error:
+            raise StreamDiverged(str(error)) from None
+        if not self._skip.reached and flight.outcome is not None:
+            raise StreamDiverged("The run that goes on with this stream ended before all that was shown of it.")
+        return self._skip.reached
+
+
+class RecordingReader(_Ending):
+    """A cursor over a recording, at a pace: it begins behind the event ``after``."""
+
+    def __init__(  # noqa: PLR0913  # they are what a replay is made of
+        self,
+        recording: Recording,
+        identity: Identity | None,
+        *,
+        usage: bool,
+        pace: Pace,
+        clock: Clock,
+        after: int = 0,
+        ids: EventIds | None = None,
+    ) -> None:
         self.recording = recording
         self.error: GatewayError | None = None
+        self.ids = ids
         self._identity = identity
         self._usage = usage
         self._pace = pace
         self._clock = clock
+        self._after = after
         self._began = clock.monotonic()
         self._cursor = 0
         self._frames: list[bytes] | None = None
@@ -89,11 +323,14 @@ class RecordingReader:
         self._waiter: asyncio.Future[bool] | None = None
 
     async def head(self, within_s: float | None) -> Mapping[str, str] | None:  # noqa: ARG002  # a recording's is there
+        """Raises `InvalidRequest` where there is no such place to begin."""
+        if self._after:
+            self._load()
         return {}
 
     def at_once(self) -> bytes | None:
         """The whole stream, where nothing stands against sending it in one write."""
-        if self._pace.kind != "instant" or len(self.recording.sse or b"") > 4 * _PIECE_BYTES:
+        if self.ids or self._after or self._pace.kind != "instant" or len(self.recording.sse or b"") > 4 * _PIECE_BYTES:
             return None
         return self.recording.stream(self._identity, usage=self._usage)
 
@@ -116,6 +353,10 @@ class RecordingReader:
     def at_end(self) -> bool:
         return self.error is not None or (self._frames is not None and self._cursor == len(self._frames))
 
+    def end(self) -> bytes:
+        """The event that ends the stream."""
+        return self.end_event(self.error, final=self.error is None)
+
     async def whole(self) -> bytes:
         """The assembled body, at the time at which its last frame is due."""
         body = self.recording.whole(self._identity)
@@ -126,7 +367,7 @@ class RecordingReader:
             raise self.error
         return body
 
-    def interrupt(self, error: GatewayError) -> None:
+    def cut(self, error: GatewayError) -> None:
         """Ends the replay early, with an error that its caller is told."""
         self.error = error
         if self._waiter:
@@ -140,7 +381,23 @@ class RecordingReader:
             self._frames = self.recording.frames(self._identity, usage=self._usage)
             marks = self.recording.marks
             self._schedule = self._pace.schedule(marks.at_us if marks else ())
+            if self._after or self.ids:
+                self._begin_behind(self._frames)
         return self._frames
+
+    def _begin_behind(self, frames: list[bytes]) -> None:
+        for place, frame in enumerate(frames):
+            if not frame:
+                continue
+            self._number += 1
+            if self.ids:
+                self.ids.pass_by(frame[len(b"data: ") :])
+                frames[place] = self.ids.stamp(frame, self._number)
+            if self._number <= self._after:
+                frames[place] = b""
+        if self._after > self._number + 1:
+            raise InvalidRequest("The cursor is behind the end of the stream.", param="after")
+        self.over = self._after > self._number
 
     def _take(self, frames: list[bytes], end: int) -> bytes:
         start = self._cursor

@@ -1,15 +1,17 @@
 """Ports without sockets: a store in a dict, an upstream in the test's hand, a clock that stands still."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
+from gateway.core.key import CacheKey
 from gateway.core.recording import Recording
-from gateway.errors import GatewayError, StoreUnavailable
-from gateway.ports import Answer, Call
+from gateway.errors import GatewayError, StoreError, StoreFenced, StoreUnavailable
+from gateway.ports import Answer, Appended, Batch, Call, Claimed, Entry, FlightId, LogName, Page, Peeked, Writer
 
 
 class FakeClock:
@@ -23,38 +25,265 @@ class FakeClock:
         return self.time_s
 
 
+EntryId = tuple[int, int]
+
+
+@dataclass
+class FakeLog:
+    """One flight's log, with what belongs to it: entries have ids, so that a log that is written anew keeps its cursors."""
+
+    entries: list[tuple[EntryId, Entry]] = field(default_factory=list)
+    owner: str = ""
+    last_writer: str = ""
+    request: bytes = b""
+    readers: dict[str, int] = field(default_factory=dict)
+    cancelled: set[str] = field(default_factory=set)
+
+    @property
+    def last(self) -> Entry:
+        return self.entries[-1][1] if self.entries else Entry(0)
+
+    @property
+    def count(self) -> int:
+        return self.last.count
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.last.end)
+
+    @property
+    def frames(self) -> bytes:
+        """All that it holds."""
+        return b"".join(frame for _, entry in self.entries for frame in entry.frames)
+
+    def fenced(self, writer: Writer) -> bool:
+        if self.owner:
+            return self.owner != str(writer)
+        return bool(self.entries) and (self.ended or self.last.released or self.last_writer != str(writer))
+
+    def write(self, writer: Writer, entry: Entry) -> None:
+        last = self.entries[-1][0] if self.entries else (0, 0)
+        self.entries.append(((entry.count, last[1] + 1 if entry.count == last[0] else 1), entry))
+        self.last_writer = str(writer)
+
+    def trim(self, before: int) -> None:
+        self.entries = [each for each in self.entries if each[0] >= (min(before + 1, self.count), 0)]
+
+    def lose(self) -> None:
+        """As Redis may, if it has no room, or is restarted."""
+        self.entries, self.owner, self.request = [], "", b""
+
+
 class FakeStore:
-    """``gate`` holds every lookup back while it is set."""
+    """What all replicas see, as one of them sees it: `replica_of` gives another one's view.
+
+    ``gate`` holds every lookup back while it is set, ``write_gate`` every recording, ``claim_gate`` every claim.
+    Leases end when the test says so: `expire`. ``lease_s`` is what readers are told of them: until it is over, they take
+    an absent lease for one that its holder will renew.
+    """
 
     secret = b"0123456789abcdef"
     available = True
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str = "a") -> None:
+        self.replica = replica
         self.recordings: dict[str, Recording] = {}
-        self.lookups = 0
+        self.replaced: dict[LogName, Recording] = {}
+        self.logs: dict[LogName, FakeLog] = {}
+        self.now: dict[str, FlightId] = {}
+        self.rings: dict[FlightId, list[Callable[[], object]]] = {}
+        self.told: dict[str, Callable[[FlightId], object]] = {}
+        self.lookups = self.claims = self.appends = self.reads = 0
         self.broken = False
+        self.lease_s = 60.0
         self.gate: asyncio.Event | None = None
         self.write_gate: asyncio.Event | None = None
+        self.claim_gate: asyncio.Event | None = None
+
+    def replica_of(self, replica: str) -> "FakeStore":
+        other = FakeStore(replica)
+        for shared in ("recordings", "replaced", "logs", "now", "rings", "told"):
+            setattr(other, shared, getattr(self, shared))
+        return other
+
+    def expire(self, name: LogName) -> None:
+        """The writer's lease runs out."""
+        self.logs[name].owner = ""
+        if self.now.get(name.key) == name.flight:
+            del self.now[name.key]
+        self.ring(name.flight)
+
+    def lose(self) -> None:
+        """All is gone, as in a Redis that was restarted."""
+        self.recordings.clear()
+        self.replaced.clear()
+        self.now.clear()
+        for log in self.logs.values():
+            log.lose()
+
+    def ring(self, flight: FlightId) -> None:
+        for ring in self.rings.get(flight, []):
+            ring()
+
+    def _check(self) -> None:
+        if self.broken:
+            raise StoreUnavailable("broken")
 
     async def lookup(self, key: str, want: str, *, patient: bool = False) -> Recording | None:
         self.lookups += 1
         found = self.recordings.get(key)
         if self.gate:
             await self.gate.wait()
-        if self.broken:
-            raise StoreUnavailable("broken")
+        self._check()
         return found
 
-    async def store(self, key: str, recording: Recording) -> bool:
+    async def store(self, key: str, recording: Recording, *, ends: Any = None, writer: Any = None, end: bytes = b"") -> bool:
         if self.write_gate:
             await self.write_gate.wait()
-        if self.broken:
-            raise StoreUnavailable("broken")
+        self._check()
+        if ends:
+            await self.end(ends, writer, end)
+        old = self.recordings.get(key)
+        if old and old.meta.started_at > recording.meta.started_at:
+            return False
+        if old:
+            self.replaced[LogName(CacheKey(key), FlightId(old.meta.flight))] = old
         self.recordings[key] = recording
         return True
 
     async def delete(self, key: str) -> None:
         self.recordings.pop(key, None)
+
+    async def claim(self, log: LogName, writer: Writer, *, newer_than_us: int = -1) -> Claimed:
+        self.claims += 1
+        if self.claim_gate:
+            await self.claim_gate.wait()
+        self._check()
+        stored = self.recordings.get(log.key)
+        if stored and int(stored.meta.started_at * 1e6) > newer_than_us:
+            return Claimed(landed=True)
+        if self.now.setdefault(log.key, log.flight) != log.flight:
+            return Claimed(follow=self.now[log.key])
+        self.logs.setdefault(log, FakeLog()).owner = str(writer)
+        return Claimed()
+
+    async def append(self, batches: Sequence[Batch]) -> list[Appended | StoreError]:
+        self._check()
+        return [self._append(batch) for batch in batches]
+
+    def _append(self, batch: Batch) -> Appended | StoreError:
+        self.appends += 1
+        log = self.logs.setdefault(batch.log, FakeLog())
+        if log.fenced(batch.writer):
+            return StoreFenced("fenced")
+        log.owner = str(batch.writer)
+        if batch.joinable:
+            self.now.setdefault(batch.log.key, batch.log.flight)
+        elif self.now.get(batch.log.key) == batch.log.flight:
+            del self.now[batch.log.key]
+        if log.count == batch.first:
+            log.request = log.request or batch.request
+            if batch.head and not log.entries:
+                log.write(batch.writer, Entry(0, head=batch.head))
+            if batch.frames:
+                entry = Entry(batch.first + len(batch.frames), tuple(batch.frames), tuple(batch.at_us))
+                log.write(batch.writer, entry)
+            if batch.trim_to:
+                log.trim(batch.trim_to)
+            self.ring(batch.log.flight)
+        log.readers[self.replica] = batch.readers
+        others = sum(count for replica, count in log.readers.items() if replica != self.replica)
+        return Appended(log.count, others, frozenset(log.cancelled))
+
+    async def read(self, log: LogName, cursor: str, *, readers: int) -> Page:
+        await asyncio.sleep(0)  # as any answer takes: who asks again and again must not stop all else
+        self._check()
+        self.reads += 1
+        found = self.logs.get(log, FakeLog())
+        found.readers[self.replica] = readers
+        after: EntryId = tuple(map(int, cursor.split("-")))
+        entries = [each for each in found.entries if each[0] > after]
+        if not entries and not found.owner and found.ended and found.entries[-1][0] != after:
+            entries = found.entries[-1:]
+        return Page(
+            entries=tuple(entry for _, entry in entries),
+            cursor="{}-{}".format(*entries[-1][0]) if entries else cursor,
+            exists=bool(found.entries),
+            lease_s=self.lease_s if found.owner else 0.0,
+            writer=found.owner,
+            cancelled=frozenset(found.cancelled),
+        )
+
+    async def take_over(self, log: LogName, writer: Writer, *, joinable: bool) -> bool:
+        self._check()
+        found = self.logs.setdefault(log, FakeLog())
+        if found.owner or found.ended or not found.entries:
+            return found.owner == str(writer)
+        found.owner = str(writer)
+        if joinable:
+            self.now.setdefault(log.key, log.flight)
+        found.write(writer, Entry(found.count, run=writer.run))
+        self.ring(log.flight)
+        return True
+
+    async def release(self, log: LogName, writer: Writer) -> None:
+        self._check()
+        found = self.logs[log]
+        if found.owner == str(writer):
+            if found.entries:
+                found.write(writer, Entry(found.count, released=True))
+            self.expire(log)
+
+    async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"") -> None:
+        self._check()
+        found = self.logs.setdefault(log, FakeLog())
+        if found.fenced(writer):
+            raise StoreFenced("fenced")
+        found.write(writer, Entry(found.count, end=end, body=body))
+        self.expire(log)
+
+    async def peek(self, log: LogName) -> Peeked:
+        self._check()
+        found = self.logs.get(log)
+        stored = self.recordings.get(log.key)
+        recorded = log in self.replaced or (stored is not None and stored.meta.flight == log.flight)
+        if found is None:
+            return Peeked(recording=recorded)
+        return Peeked(
+            log=bool(found.entries),
+            count=found.count,
+            head=found.entries[0][1].head if found.entries else b"",
+            end=found.last.end,
+            lease_s=self.lease_s if found.owner else 0.0,
+            recording=recorded,
+            request=found.request,
+            cancelled=frozenset(found.cancelled),
+            readers=sum(found.readers.values()),
+        )
+
+    async def recording_of(self, log: LogName) -> Recording | None:
+        self._check()
+        stored = self.recordings.get(log.key)
+        return stored if stored and stored.meta.flight == log.flight else self.replaced.get(log)
+
+    async def cancel(self, log: LogName, reader: str) -> None:
+        self._check()
+        found = self.logs.setdefault(log, FakeLog())
+        found.cancelled.add(reader)
+        self.ring(log.flight)
+        if told := self.told.get(found.owner.partition(".")[0]):
+            told(log.flight)
+
+    async def listen(self, flight: FlightId, ring: Callable[[], object]) -> None:
+        self._check()
+        self.rings.setdefault(flight, []).append(ring)
+
+    def stop_listening(self, flight: FlightId, ring: Callable[[], object]) -> None:
+        if ring in self.rings.get(flight, []):
+            self.rings[flight].remove(ring)
+
+    def on_cancelled(self, told: Callable[[FlightId], object]) -> None:
+        self.told[self.replica] = told
 
     async def close(self) -> None:
         pass

@@ -3,14 +3,19 @@
 import asyncio
 import json
 import shutil
+import socket
 import subprocess
-from contextlib import AsyncExitStack
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from aiohttp import web
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from gateway.app import RUNNER_OPTIONS, SERVICE, build_app, build_router, open_store
 from gateway.errors import StoreUnavailable
@@ -70,6 +75,64 @@ class RedisServer:
             self._process = None
 
 
+class RedisNodes:
+    """A Redis Cluster on the loopback: three masters, without replicas."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.ports: list[int] = []
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.ports[0]}"
+
+    def start(self) -> None:
+        buses = [self._start_node(number) for number in range(3)]
+        clients = [Redis(port=port) for port in self.ports]
+        for number, client in enumerate(clients):
+            _until(client.ping)
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+            client.execute_command("CLUSTER ADDSLOTSRANGE", 16384 * number // 3, 16384 * (number + 1) // 3 - 1)
+            client.execute_command("CLUSTER MEET", "127.0.0.1", self.ports[0], buses[0])
+        for client in clients:
+            _until(lambda client=client: _is_complete(client.execute_command("CLUSTER INFO")))
+            client.close()
+
+    def _start_node(self, number: int) -> int:
+        program, directory = find_redis(), self._directory / f"node-{number}"
+        assert program
+        directory.mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+            port, bus = one.getsockname()[1], other.getsockname()[1]
+        options = f"--port {port} --cluster-port {bus} --bind 127.0.0.1 --cluster-enabled yes --dir {directory} --save"
+        # With part of the slots lost, the others go on: what a node that dies means to our keys is what is tested.
+        options = f"--cluster-require-full-coverage no --cluster-node-timeout 1000 {options}"
+        self._processes.append(subprocess.Popen([program, *options.split(), ""], stdout=subprocess.DEVNULL))
+        self.ports.append(port)
+        return bus
+
+    def stop(self, number: int | None = None) -> None:
+        """Kills one node, or all."""
+        for process in self._processes if number is None else [self._processes[number]]:
+            process.kill()
+            process.wait()
+
+
+def _is_complete(info: dict[str, str]) -> bool:
+    return info["cluster_state"] == "ok" and info["cluster_size"] == "3" and info["cluster_slots_ok"] == "16384"
+
+
+def _until(condition: Callable[[], Any], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while True:
+        with suppress(RedisConnectionError):
+            if condition():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @dataclass
 class Gateway:
     """A running gateway, and a session to talk to it."""
@@ -100,7 +163,7 @@ class Gateway:
 
     async def landed(self) -> None:
         """Waits until no upstream call is running, and all that is to be stored is."""
-        await asyncio.gather(*self.service._flights._tasks, return_exceptions=True)
+        await asyncio.gather(*self.service._flights._tasks.values(), return_exceptions=True)
 
     async def stores(self, content: str = "hi", *, headers: dict[str, str] | None = None, **members: Any) -> bool:
         """Whether the answer to this is stored."""

@@ -1,13 +1,29 @@
-"""What the tests of the store share: a recording, and patience with servers."""
+"""What the tests of the store share: servers to run on, recordings and logs, and patience."""
 
 import asyncio
+import gc
+import os
 import time
 from array import array
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
+from fakeredis import FakeServer
+from fakeredis.aioredis import FakeRedis
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from running import RedisNodes, RedisServer
+
+from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.core.recording import Marks, Meta, Recording
+from gateway.errors import StoreUnavailable
+from gateway.ports import Batch, FlightId, LogName, Writer
+from gateway.store.embedded import server_binary
+from gateway.store.redis import RedisStore, connect
 
 KEY = CacheKey("0123456789abcdef0123456789abcdef01234567")
 META = Meta(
@@ -40,6 +56,110 @@ def begun(seconds_later: float, body: bytes) -> Recording:
 def large(size_bytes: int) -> Recording:
     sse = b"data: " + b"x" * size_bytes + b"\n\n"
     return replace(RECORDING, sse=sse, marks=Marks(len(sse), len(sse), array("Q", [1])), body=sse)
+
+
+LOG = LogName(KEY, FlightId("f" * 16))
+OTHER_LOG = LogName(KEY, FlightId("e" * 16))
+
+
+def frame(text: str) -> bytes:
+    return f"data: {text}\n\n".encode()
+
+
+def batch(writer: Writer, first: int, texts: str = "", *, log: LogName = LOG, **more: Any) -> Batch:
+    """A frame for each letter."""
+    at_us = [1000 * (first + place) for place in range(len(texts))]
+    return Batch(log, writer, first, [frame(text) for text in texts], at_us, **{"joinable": True, **more})
+
+
+def of_flight(log: LogName, seconds_later: float = 0, **members: Any) -> Recording:
+    """A recording that this flight left."""
+    started_at = META.started_at + seconds_later
+    return replace(RECORDING, meta=META._replace(flight=log.flight, started_at=started_at, **members))
+
+
+@dataclass
+class Backend:
+    """A server, the prefix that is this test's there, and stores on it."""
+
+    make_client: Callable[[RedisConfig], Any]
+    raw: Any
+    prefix: str
+    stack: AsyncExitStack
+
+    async def store(
+        self, *, secret: bytes | None = None, lease_s: float = 5.0, resume_s: float = 300.0, **settings: Any
+    ) -> RedisStore:
+        patience = {"lookup_timeout_s": 2.0, "command_timeout_s": 5.0, "connect_timeout_s": 5.0}
+        config = RedisConfig(**{"prefix": self.prefix, **patience, **settings})
+        store = RedisStore(self.make_client(config), config, secret=secret, lease_s=lease_s, resume_s=resume_s)
+        return await self.stack.enter_async_context(store)
+
+    @property
+    def name(self) -> str:
+        return self.key("rec")
+
+    def key(self, what: str, log: LogName | None = None) -> str:
+        name = f"{self.prefix}:{{{KEY}}}:{what}"
+        return f"{name}:{log.flight}" if log else name
+
+
+@contextmanager
+def nothing_unnoticed() -> Iterator[None]:
+    """Fails on what asyncio would only have logged: exceptions that nobody fetched, broken callbacks."""
+    told: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    yield
+    gc.collect(1)
+    assert told == []
+
+
+@asynccontextmanager
+async def on_fakeredis() -> AsyncIterator[Backend]:
+    async with AsyncExitStack() as stack:
+        fake = FakeServer()
+        raw = await stack.enter_async_context(FakeRedis(server=fake))
+        yield Backend(lambda config: FakeRedis(server=fake, protocol=config.protocol), raw, "t", stack)
+
+
+@asynccontextmanager
+async def on_server(server: RedisServer | RedisNodes) -> AsyncIterator[Backend]:
+    cluster = isinstance(server, RedisNodes)
+    async with AsyncExitStack() as stack:
+        raw = await stack.enter_async_context((RedisCluster if cluster else Redis).from_url(server.url))
+
+        def make_client(config: RedisConfig) -> Any:
+            return connect(config.model_copy(update={"cluster": cluster}), server.url)
+
+        yield Backend(make_client, raw, f"t{os.urandom(6).hex()}", stack)
+
+
+@contextmanager
+def embedded_server(directories: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """The server that the embedded store is, where the other one is Redis itself."""
+    try:
+        binary = str(server_binary())
+    except StoreUnavailable:
+        pytest.skip("there is no embedded server here")
+    server = RedisServer(directories.mktemp("valkey"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("running.find_redis", lambda: binary)
+        server.start()
+    yield server
+    server.stop()
+
+
+async def commands_about(backend: Backend, act: Callable[[], Any]) -> list[str]:
+    """The commands that the server got meanwhile, of this prefix."""
+    async with backend.raw.monitor() as monitor:
+        await act()
+        await backend.raw.echo("that is all")
+        commands = []
+        async for seen in monitor.listen():
+            if seen["command"] == "ECHO that is all":
+                return [command for command in commands if backend.prefix in command]
+            commands.append(seen["command"])
+    return []
 
 
 async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:

@@ -27,6 +27,7 @@ OTHER_VALUES = {
     ("redis", "protocol"): 2,
     ("cache", "scope"): "shared",
     ("cache", "key_secret_env"): "KEY_SECRET",
+    ("flights", "when_abandoned"): "cancel",
     ("replay", "pace"): "fixed",
     ("replay", "identity"): "original",
     ("log", "level"): "debug",

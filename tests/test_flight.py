@@ -1,6 +1,7 @@
 """Interleavings of readers, pump and store: no sockets, no sleeps; the test's hand is the upstream."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator
 
 import pytest
@@ -11,9 +12,9 @@ from gateway.core.apis import CHAT
 from gateway.core.pacing import Pace
 from gateway.core.policy import Directives, StoreRules
 from gateway.errors import NotCached, ShuttingDown, UpstreamBroke, UpstreamRefused, UpstreamReported
-from gateway.flight import Flights
+from gateway.flights import Flights, Rules
 from gateway.reader import FlightReader, RecordingReader
-from gateway.service import CacheRules, Opened, Request, Service
+from gateway.service import CacheRules, Opened, Request, Service, Tenants
 from gateway.upstreams.router import Route
 
 IDLE_S = 30.0
@@ -38,10 +39,11 @@ class Bench:
 
     def __init__(self, pace: Pace) -> None:
         self.clock, self.store, self.upstream = FakeClock(), FakeStore(), HandUpstream()
-        rules = StoreRules(frozenset({"stop", "tool_calls"}), max_recording_bytes=100_000)
-        self.flights = Flights(self.store, rules, self.clock)
+        keep = StoreRules(frozenset({"stop", "tool_calls"}), max_recording_bytes=100_000)
+        self.flights = Flights(self.store, keep, self.clock, Rules(), secrets.token_hex)
         cache = CacheRules(enabled=True, shared=True, ttl_s=60, ignored_paths=(), fresh_identity=False, pace=pace)
-        self.service = Service(OneRoute(self.upstream), self.store, self.flights, cache, self.clock)
+        tenants = Tenants(self.store)
+        self.service = Service(OneRoute(self.upstream), self.store, self.flights, tenants, cache, self.clock)
 
     async def open(self, *, stream: bool = True, control: str = "", **members: object) -> Opened:
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream, **members}

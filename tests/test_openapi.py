@@ -77,10 +77,13 @@ def test_the_document_lists_what_is_served():
         "GET /openapi.json",
         "GET /v1/models",
         "GET /v1/models/{model}",
+        "GET /v1/streams/{id}",
+        "GET /v1/streams/{id}/status",
         "POST /v1/chat/completions",
         "POST /v1/completions",
         "POST /v1/embeddings",
         "POST /v1/moderations",
+        "POST /v1/streams/{id}/cancel",
     ]
 
 
@@ -101,7 +104,7 @@ def test_the_schemas_of_requests_agree_with_what_the_gateway_accepts(api, body):
 def test_an_answered_operation_has_both_forms_their_headers_and_every_error_of_the_gateway(api):
     responses = DOCUMENT["paths"][f"/v1/{api.path}"]["post"]["responses"]
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
-    assert set(responses["200"]["headers"]) == {"Cache-Status", "Age", "X-Request-Id"}
+    assert set(responses["200"]["headers"]) == {"Cache-Status", "Age", "Gateway-Stream-Id", "X-Request-Id"}
     faults = [InvalidRequest, ModelNotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType]
     faults += [UpstreamUnreachable, Unavailable, UpstreamTimeout]
     assert {*responses} == {"200", "default"} | {str(fault.status) for fault in faults}

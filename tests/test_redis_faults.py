@@ -1,23 +1,23 @@
 """Redis is killed, frozen, slow, full, forbidden or not there: callers must not notice, and it must be back by itself."""
 
 import asyncio
-import gc
 import logging
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, closing, suppress
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from scripted import chunk
-from stores import KEY, RECORDING, begun, large, until
+from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, nothing_unnoticed, until
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.errors import StoreUnavailable
+from gateway.ports import LOG_START, Appended, LogName, Writer
 from gateway.store.redis import RedisStore, connect
 
 Open = Callable[..., Any]
@@ -25,12 +25,8 @@ Open = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    """What asyncio would only have logged: exceptions that nobody fetched, broken callbacks."""
-    told: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-    yield
-    gc.collect(1)
-    assert told == []
+    with nothing_unnoticed():
+        yield
 
 
 @pytest.fixture
@@ -187,7 +183,7 @@ async def test_a_hiccup_that_hits_many_lookups_counts_once(own_redis, open_store
 
 async def until_hung_up(store: RedisStore) -> None:
     """The news of a closed connection take a turn of the loop or two."""
-    idle = store._client.connection_pool._available_connections
+    idle = store._server.wire.client.connection_pool._available_connections
     assert idle
     await until(lambda: all(connection._reader.at_eof() for connection in idle))
 
@@ -289,7 +285,7 @@ async def test_a_store_that_comes_and_goes_does_not_fill_the_log(own_redis, open
 
 
 async def test_a_long_outage_is_told_again_after_an_interval(own_redis, open_store, caplog, monkeypatch):
-    monkeypatch.setattr("gateway.store.redis._LOG_INTERVAL_S", 0.1)
+    monkeypatch.setattr("gateway.store.server._LOG_INTERVAL_S", 0.1)
     store = await open_store(own_redis.url, cooldown_s=0.01)
     own_redis.stop()
     await until_away(store)
@@ -299,13 +295,13 @@ async def test_a_long_outage_is_told_again_after_an_interval(own_redis, open_sto
 
 def count_looks(store: RedisStore) -> list[None]:
     looks: list[None] = []
-    look = store._look
+    look = store._server._look
 
     async def counted() -> None:
         looks.append(None)
         await look()
 
-    store._look = counted  # type: ignore[method-assign]
+    store._server._look = counted  # type: ignore[method-assign]
     return looks
 
 
@@ -360,7 +356,7 @@ async def test_a_late_answer_costs_no_connection(proxy, open_store):
     before = proxy.connections
     proxy.delay_s = 0.4
     await refused(store)
-    await until(lambda: not store._lookups._running)
+    await until(lambda: not store._server._lookups._running)
     proxy.delay_s = 0
     await until_found(store)
     assert proxy.connections == before
@@ -509,13 +505,223 @@ async def test_what_the_client_breaks_with_is_a_failure_like_any_other(own_redis
 
     with monkeypatch.context() as patch:
         for method in ("execute_command", "get"):
-            patch.setattr(store._client, method, break_down)
+            patch.setattr(store._server.wire.client, method, break_down)
         for _ in range(3):
             assert "handler" in await refused(store)
         assert not store.available
         looks = count_looks(store)
         await until(lambda: len(looks) > 1)
     await until_stored(store)
+
+
+# Logs
+
+
+def log_calls(store: RedisStore, number: int = 0) -> dict[str, Any]:
+    """One call of each kind, not yet awaited."""
+    log, writer = LogName(CacheKey(str(number)), LOG.flight), Writer(store.replica, "00000001")
+    return {
+        "claim": store.claim(log, writer),
+        "append": store.append([batch(writer, 0, "ab", log=log)]),
+        "read": store.read(log, LOG_START, readers=1),
+        "take_over": store.take_over(log, writer, joinable=True),
+        "release": store.release(log, writer),
+        "end": store.end(log, writer, b"over"),
+        "peek": store.peek(log),
+        "recording_of": store.recording_of(log),
+        "cancel": store.cancel(log, "a reader"),
+        "store": store.store(log.key, RECORDING, ends=log, writer=writer, end=b"over"),
+    }
+
+
+async def test_a_store_that_is_away_refuses_all_about_logs_at_once(own_redis, open_store):
+    store = await open_store(own_redis.url)
+    own_redis.stop()
+    await until_away(store)
+    for call in log_calls(store).values():
+        with pytest.raises(StoreUnavailable, match="away"):
+            call.send(None)
+
+
+@FAULTS
+async def test_all_about_logs_fails_in_time_and_works_again(own_redis, open_store, monkeypatch, fail, mend):
+    monkeypatch.setattr("gateway.store.server._PATIENT_S", 0.3)
+    store = await open_store(own_redis.url, command_timeout_s=0.2)
+    await until_stored(store)
+    fail(own_redis)
+    began = time.monotonic()
+    for result in await asyncio.gather(*log_calls(store).values(), return_exceptions=True):
+        assert isinstance(result, StoreUnavailable)
+    assert time.monotonic() - began < 2
+    mend(own_redis)
+    await until_stored(store)
+    writer = Writer(store.replica, "00000001")
+    assert await store.append([batch(writer, 0, "ab")]) == [Appended(2)]
+
+
+async def test_a_claim_has_the_deadline_of_a_lookup(own_redis, open_store):
+    store = await open_store(own_redis.url, lookup_timeout_s=0.05, command_timeout_s=60)
+    await until_stored(store)
+    freeze(own_redis)
+    with pytest.raises(StoreUnavailable, match="in time"):
+        await store.claim(LOG, Writer(store.replica, "00000001"), newer_than_us=1 << 60)
+    thaw(own_redis)
+
+
+async def test_a_claim_that_was_answered_too_late_is_no_obstacle(own_redis, open_store):
+    store = await open_store(own_redis.url, lookup_timeout_s=0.05, command_timeout_s=60)
+    await until_stored(store)
+    writer = Writer(store.replica, "00000001")
+    freeze(own_redis)
+    with pytest.raises(StoreUnavailable):
+        await store.claim(LOG, writer, newer_than_us=1 << 60)
+    thaw(own_redis)
+    assert await store.append([batch(writer, 0, "ab")]) == [Appended(2)]
+
+
+async def test_an_append_that_was_given_up_is_made_again_without_doubling(own_redis, open_store):
+    store = await open_store(own_redis.url, command_timeout_s=0.2)
+    await until_stored(store)
+    writer = Writer(store.replica, "00000001")
+    freeze(own_redis)
+    with pytest.raises(StoreUnavailable):
+        await store.append([batch(writer, 0, "ab")])
+    thaw(own_redis)
+    # The server has the first append in its ears, and may hear the second one on another connection before it.
+    [appended] = await store.append([batch(writer, 0, "abc")])
+    assert appended.count in (2, 3)
+    await store.append([batch(writer, appended.count, "abc"[appended.count :])])
+    page = await store.read(LOG, LOG_START, readers=0)
+    assert b"".join(frame for entry in page.entries for frame in entry.frames) == frame("a") + frame("b") + frame("c")
+
+
+class Ears:
+    def __init__(self) -> None:
+        self.rings = 0
+
+    def ring(self) -> None:
+        self.rings += 1
+
+
+async def rings_for_an_append(store: RedisStore, ears: Ears, log: LogName = LOG) -> None:
+    """It does, in the end: what was away may take a while."""
+    await until(lambda: store.available)
+    ears.rings = 0
+    async with asyncio.timeout(10):
+        while not ears.rings:
+            with suppress(StoreUnavailable):
+                await store.append([batch(Writer(store.replica, os.urandom(4).hex()), 0, "a", log=log)])
+                await store.delete(log.key)
+            await asyncio.sleep(0.02)
+            log = LogName(CacheKey(os.urandom(4).hex()), log.flight)
+
+
+@FAULTS
+async def test_the_bell_is_heard_again_after_an_outage(own_redis, open_store, caplog, monkeypatch, fail, mend):
+    monkeypatch.setattr("gateway.store.bell._PING_EVERY_S", 0.1)
+    store, told = await open_store(own_redis.url, connect_timeout_s=0.3), []
+    store.on_cancelled(told.append)
+    ears, others = Ears(), Ears()
+    await store.listen(LOG.flight, ears.ring)
+    await store.listen(OTHER_LOG.flight, others.ring)
+    fail(own_redis)
+    await until(lambda: store._bell._away)
+    async with asyncio.timeout(0.5):
+        await store.listen(OTHER_LOG.flight, others.ring)
+    ears.rings = others.rings = 0
+    mend(own_redis)
+    await until(lambda: ears.rings > 0 and others.rings > 0)
+    await rings_for_an_append(store, ears)
+    await rings_for_an_append(store, others, OTHER_LOG)
+    await store.append([batch(Writer(store.replica, "00000001"), 0, "ab")])
+    await store.cancel(LOG, "a reader")
+    await until(lambda: told == [LOG.flight])
+    assert not any(record.exc_info for record in caplog.records)
+
+
+async def test_who_listens_while_there_is_no_server_is_rung_when_there_is(own_redis, open_store, caplog):
+    own_redis.stop()
+    store = await open_store(own_redis.url)
+    ears = Ears()
+    async with asyncio.timeout(0.9):
+        await store.listen(LOG.flight, ears.ring)
+    assert ears.rings == 0
+    own_redis.start()
+    await until(lambda: ears.rings > 0)
+    await rings_for_an_append(store, ears)
+    assert len(warnings(caplog)) == 2
+
+
+async def test_a_bell_that_is_never_heard_delays_no_listener_for_long(open_store):
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    store = await open_store(url, connect_timeout_s=0.2, command_timeout_s=0.2)
+    async with asyncio.timeout(1):
+        await store.listen(LOG.flight, Ears().ring)
+    await store.close()
+    server.close()
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_a_quiet_bell_stays_connected(own_redis, admin, open_store, monkeypatch, protocol):
+    monkeypatch.setattr("gateway.store.bell._PING_EVERY_S", 0.02)
+    store, ears = await open_store(own_redis.url, protocol=protocol), Ears()
+    await store.listen(LOG.flight, ears.ring)
+    pings = 0
+    async with asyncio.timeout(5):
+        while pings < 5:
+            await asyncio.sleep(0.02)
+            pings = (await admin.info("commandstats")).get("cmdstat_ping", {}).get("calls", 0)
+    assert ears.rings == 0
+    assert not store._bell._away
+
+
+async def test_a_server_that_forbids_to_ring_costs_only_time(own_redis, admin, open_store, caplog):
+    await admin.execute_command("ACL", "SETUSER", "default", "resetchannels")
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    async with asyncio.timeout(0.9):
+        await store.listen(LOG.flight, Ears().ring)
+    writer = Writer(store.replica, "00000001")
+    assert await store.append([batch(writer, 0, "ab")]) == [Appended(2)]
+    await store.cancel(LOG, "a reader")
+    await store.end(LOG, writer, b"over")
+    assert (await store.read(LOG, LOG_START, readers=1)).entries[-1].end == b"over"
+    await until(lambda: len(warnings(caplog)) == 1)
+    assert "refuses to ring" in caplog.text
+
+
+@pytest.mark.parametrize("refuse_writes", [read_only, full])
+async def test_logs_of_a_server_that_refuses_writes_are_still_read(own_redis, admin, open_store, refuse_writes):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    writer = Writer(store.replica, "00000001")
+    await store.append([batch(writer, 0, "ab")])
+    await refuse_writes(admin)
+    for _ in range(4):
+        page = await store.read(LOG, LOG_START, readers=1)
+        assert page.entries[-1].count == 2
+        assert (await store.peek(LOG)).log
+        with pytest.raises(StoreUnavailable):
+            await store.claim(LogName(CacheKey("other"), LOG.flight), writer)
+        [refused_append] = await store.append([batch(writer, 2, "c")])
+        assert isinstance(refused_append, StoreUnavailable)
+    assert store.available
+
+
+async def test_a_full_server_lets_running_flights_keep_their_leases(own_redis, admin, open_store):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    writer = Writer(store.replica, "00000001")
+    await store.append([batch(writer, 0, "ab")])
+    await full(admin)
+    await admin.pexpire(f"gw:{{{KEY}}}:lease:{LOG.flight}", 500)
+    assert await store.append([batch(writer, 2)]) == [Appended(2)]
+    assert (await store.read(LOG, LOG_START, readers=0)).lease_s > 1
 
 
 # Through the gateway
@@ -527,8 +733,8 @@ REDIS = {"lookup_timeout_s": 0.2, "command_timeout_s": 0.5, "connect_timeout_s":
 @pytest.fixture
 def quick_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers come from Redis at once, not from the flight that has just ended."""
-    monkeypatch.setattr("gateway.flight._LINGER_S", 0.0)
-    monkeypatch.setattr("gateway.store.redis._PATIENT_S", 0.3)
+    monkeypatch.setattr("gateway.flights._LINGER_S", 0.0)
+    monkeypatch.setattr("gateway.store.server._PATIENT_S", 0.3)
 
 
 async def until_hit(gateway: Any, content: str) -> None:

@@ -67,7 +67,12 @@ class Frame(NamedTuple):
     @property
     def payload(self) -> bytes:
         """The chunk's JSON text."""
-        return self.full[len(_HEAD) : -len(_TAIL)]
+        return payload_of(self.full)
+
+
+def payload_of(frame: bytes) -> bytes:
+    """The JSON text in a frame's bytes."""
+    return frame[len(_HEAD) : -len(_TAIL)]
 
 
 def parse_chunk(payload: bytes) -> dict[str, Any]:
@@ -211,6 +216,10 @@ class Meta(NamedTuple):
     body_created: Span | None = None
     whole: bool = False
     """Whether the upstream answered unstreamed: then the frames are split from ``body``, not the other way round."""
+    flight: str = ""
+    """The flight that brought the answer."""
+    runs: tuple[tuple[str, int], ...] = ()
+    """The runs that wrote the frames, each with the index of its first: more than one where a log was taken over."""
 
     def dumps(self) -> bytes:
         return orjson.dumps(self._asdict())
@@ -223,6 +232,7 @@ class Meta(NamedTuple):
             for name in ("finish_reasons", "body_id", "body_created"):
                 if members[name] is not None:
                     members[name] = tuple(members[name])
+            members["runs"] = tuple(map(tuple, members.get("runs", ())))
             meta = cls(**members)
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptRecording(f"the meta data does not load: {error!r}") from None
@@ -324,6 +334,10 @@ class Recorder:
         self.id = ""
         self._assembler = assembler
         self._scanner = Scanner(len(_HEAD))
+
+    def stop_assembling(self) -> None:
+        """From here on only the frames are kept."""
+        self._assembler = None
 
     def add(self, payload: bytes, at_us: int) -> dict[str, Any] | None:
         """Appends a chunk to ``frames``; returns it parsed if it reports an error, which then is not appended.

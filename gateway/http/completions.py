@@ -9,7 +9,7 @@ import orjson
 from aiohttp import web
 
 from gateway.core.apis import Api
-from gateway.core.dialects.openai import END, KEEP_ALIVE, error_event
+from gateway.core.dialects.openai import END
 from gateway.core.policy import NO_DIRECTIVES, Directives
 from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, UpstreamRefused
 from gateway.http.edge import EXCHANGE, Exchange, Handler
@@ -18,6 +18,8 @@ from gateway.service import Opened, Request, Service
 
 # Below this a write cannot fill the transport's buffer of 64 KiB by itself.
 _SMALL_BYTES = 32_768
+# Structured fields' (RFC 9651 3.3.6); what is neither is ignored, as a field that does not parse has to be.
+_BOOLEANS = {"?1": True, "?0": False}
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache, no-transform",
@@ -38,19 +40,19 @@ class CallerTooSlow(ConnectionResetError):
     """The caller has not taken what was written for too long."""
 
 
-def handler(api: Api, service: Service, timing: Timing) -> Handler:
-    """The handler of one API's path."""
+def handler(api: Api, service: Service, timing: Timing, *, event_ids: bool) -> Handler:
+    """The handler of one API's path. ``event_ids``: what holds where a caller does not say."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         exchange = request[EXCHANGE]
-        asked = await _read(request, api)
+        asked = await _read(request, api, event_ids=event_ids)
         exchange.model = str(asked.body.get("model"))
         opened = await service.open(asked)
         exchange.upstream = opened.upstream
         exchange.cache_status = opened.disposition.cache_status()
         try:
             if asked.streamed:
-                return await _stream(request, opened, exchange, timing)
+                return await write_stream(request, opened, exchange, timing)
             return await _whole(opened, exchange)
         except UpstreamRefused as refusal:
             exchange.cache_status = opened.disposition.cache_status(refusal.status)
@@ -61,13 +63,15 @@ def handler(api: Api, service: Service, timing: Timing) -> Handler:
     return handle
 
 
-async def _read(request: web.Request, api: Api) -> Request:
+async def _read(request: web.Request, api: Api, *, event_ids: bool) -> Request:
     body = await read_json(request)
     if not isinstance(body, dict):
         raise InvalidRequest("The request body must be a JSON object.")
     control = request.headers.getall("Cache-Control", ())
     directives = Directives.parse(",".join(control)) if control else NO_DIRECTIVES
-    return Request(api, body, request.headers, directives)
+    if (wish := request.headers.get("Gateway-Event-Ids")) is not None:
+        event_ids = _BOOLEANS.get(wish.strip(), event_ids)
+    return Request(api, body, request.headers, directives, event_ids)
 
 
 async def read_json(request: web.Request) -> Any:
@@ -99,18 +103,21 @@ async def _whole(opened: Opened, exchange: Exchange) -> web.Response:
     return web.Response(body=body, headers=headers)
 
 
-async def _stream(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
+async def write_stream(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
+    """The answer as a stream, at once or as it comes; 204 where the caller has all of it. Raises the errors of its head."""
     reader = opened.reader
     if (stream := reader.at_once()) is not None:
         headers = _headers(opened, exchange, None) | STREAM_HEADERS
         return web.Response(body=stream + END, headers=headers)
     head = await reader.head(timing.head_after_s)
+    if reader.over:
+        return web.Response(status=204)
     response = web.StreamResponse(headers=_headers(opened, exchange, head) | STREAM_HEADERS)
     try:
         exchange.head_sent = True
         await response.prepare(request)
         if head is None:
-            await response.write(KEEP_ALIVE)
+            await response.write(reader.keep_alive)
         await _write(request, response, reader, timing)
     except ConnectionResetError as error:
         exchange.left = True
@@ -126,11 +133,10 @@ async def _write(request: web.Request, response: web.StreamResponse, reader: Rea
     while True:
         data = await reader.next(timing.keepalive_s)
         if reader.at_end:
-            end = error_event(reader.error) if reader.error else END
             # Clients stop reading at the end event, so it leaves together with the end of the body.
-            await _patiently(request, response.write_eof((data or b"") + end), timing)
+            await _patiently(request, response.write_eof((data or b"") + reader.end()), timing)
             return
-        await _write_data(request, response, KEEP_ALIVE if data is None else data, timing)
+        await _write_data(request, response, reader.keep_alive if data is None else data, timing)
 
 
 async def _write_data(request: web.Request, response: web.StreamResponse, data: bytes, timing: Timing) -> None:
@@ -158,9 +164,14 @@ def _headers(opened: Opened, exchange: Exchange, head: Mapping[str, str] | None)
     """``head`` is what the upstream said, where it has answered."""
     disposition = opened.disposition
     if disposition.kind == "hit":
-        return {**exchange.headers(), "Age": str(disposition.age_s)}
+        return {**exchange.headers(), "Age": str(disposition.age_s), **_stream_id(opened)}
     if disposition.kind == "collapsed" or head is None:
-        return exchange.headers()
+        return {**exchange.headers(), **_stream_id(opened)}
     exchange.take_upstream_id(head.get("x-request-id"))
     exchange.cache_status = disposition.cache_status(200)
-    return {**{name: value for name, value in head.items() if name != "x-request-id"}, **exchange.headers()}
+    passed = {name: value for name, value in head.items() if name != "x-request-id"}
+    return {**passed, **exchange.headers(), **_stream_id(opened)}
+
+
+def _stream_id(opened: Opened) -> dict[str, str]:
+    return {"Gateway-Stream-Id": opened.stream_id} if opened.stream_id else {}

@@ -7,7 +7,7 @@ Json = dict[str, Any]
 
 _STATUSES = {
     400: "The request is not what the API takes.",
-    404: "No upstream serves this model.",
+    404: "No upstream serves this model, or the stream is unknown, has expired or is another tenant's.",
     405: "The path is served, but by other methods: `Allow` names them.",
     413: "The request body is too large.",
     415: "The request body is declared as something else than JSON.",
@@ -37,6 +37,15 @@ def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderati
                 "parameters": [_parameter("model", "path", _string("The model's name."))],
                 "get": _get("retrieveModel", "One of the models.", "Model", 404),
             },
+            "/v1/streams/{id}": {"parameters": [_ref("parameters", "StreamId")], "get": _resumed()},
+            "/v1/streams/{id}/cancel": {
+                "parameters": [_ref("parameters", "StreamId")],
+                "post": _get("cancelStream", "Ends this reader of a stream for good.", "Cancelled", 404, 405, 503),
+            },
+            "/v1/streams/{id}/status": {
+                "parameters": [_ref("parameters", "StreamId")],
+                "get": _get("streamStatus", "What has become of a stream.", "StreamStatus", 404, 405, 503),
+            },
             **{f"/v1/{path}": {"post": _relayed(path)} for path in relay_paths},
             "/healthz": {"get": _get("health", "The process is up.", "Health", 405)},
             "/openapi.json": {"get": _get("openapi", "This document.", "AnyObject", 405)},
@@ -60,15 +69,36 @@ def _answered(operation: str, name: str) -> Json:
     return {
         "operationId": operation,
         "summary": "Answered from the cache, from an answer that is under way, or by the model.",
-        "parameters": [_ref("parameters", "CacheControl"), _ref("parameters", "RequestId")],
+        "parameters": [_ref("parameters", name) for name in ("CacheControl", "EventIds", "RequestId")],
         "requestBody": {"required": True, "content": _json(_ref("schemas", f"{name}Request"))},
         "responses": {
             "200": {
                 "description": "The answer: a stream of events where `stream` is true, else one object.",
-                "headers": _header_refs("Cache-Status", "Age", "X-Request-Id"),
+                "headers": _header_refs("Cache-Status", "Age", "Gateway-Stream-Id", "X-Request-Id"),
                 "content": _json(_ref("schemas", name)) | _events(f"{name}Chunk"),
             },
             **_errors(*_STATUSES),
+            "default": _refusal(),
+        },
+    }
+
+
+def _resumed() -> Json:
+    return {
+        "operationId": "resumeStream",
+        "summary": "What comes after the last event that the caller has, from any replica.",
+        "parameters": [_ref("parameters", name) for name in ("LastEventId", "After", "RequestId")],
+        "responses": {
+            "200": {
+                "description": "The rest of the stream: live, or at once if it has ended.",
+                "headers": _header_refs("Cache-Status", "Age", "Gateway-Stream-Id", "X-Request-Id"),
+                "content": _events("chunk of the stream's kind"),
+            },
+            "204": {
+                "description": "Nothing comes after it, or the stream was cancelled.",
+                "headers": _header_refs("X-Request-Id"),
+            },
+            **_errors(400, 404, 405, 502, 503, 504),
             "default": _refusal(),
         },
     }
@@ -128,6 +158,20 @@ def _schemas() -> Json:
         "Usage": _object({f"{kind}_tokens": {"type": "integer"} for kind in ("prompt", "completion", "total")}),
         "Model": _object({"id": {"type": "string"}, "object": {"const": "model"}}, "id", "object"),
         "ModelList": _object({"object": {"const": "list"}, "data": _array(_ref("schemas", "Model"))}, "object", "data"),
+        "Cancelled": _object({"id": {"type": "string"}, "cancelled": {"const": True}}, "id", "cancelled"),
+        "StreamStatus": _object(
+            {
+                "id": {"type": "string"},
+                "object": {"const": "stream"},
+                "state": {"enum": ["running", "complete", "failed", "abandoned", "orphaned"]},
+                "frames": {"type": "integer", "minimum": 0},
+                "age_s": {"type": "number", "minimum": 0},
+                "readers": {"type": "integer", "minimum": 0, "description": "In all replicas."},
+                "cancelled": {"type": "boolean", "description": "Whether this reader was cancelled."},
+                "error": _ref("schemas", "ErrorObject"),
+            },
+            *("id", "object", "state", "frames", "age_s", "readers", "cancelled"),
+        ),
         "Health": _object({"status": {"const": "ok"}, "store": {"enum": ["ok", "unavailable"]}}, "status"),
         "Error": _object({"error": _ref("schemas", "ErrorObject")}, "error"),
         "ErrorObject": _object(
@@ -215,6 +259,7 @@ def _headers() -> Json:
     texts = {
         "Cache-Status": "What the cache did (RFC 9211): `gateway; hit; ttl=60`, `gateway; fwd=miss; collapsed`.",
         "X-Request-Id": "The caller's, if it sent a sane one; else the upstream's, or a new one.",
+        "Gateway-Stream-Id": "By which a stream that was cut can be resumed; on a resumed one, by which it can be again.",
         "Allow": "The methods of this path.",
         "Retry-After": "The upstream's.",
     }
@@ -227,7 +272,12 @@ def _parameters() -> Json:
         "RFC 9111: `no-cache` asks the model and replaces what is stored, `no-store` touches nothing, `max-age` and "
         "`min-fresh` bound what will do, `only-if-cached` never asks the model."
     )
+    cursor = "`{id}.{n}`, as the `id` of an event says it: what follows is what came after it."
     return {
+        "StreamId": _parameter("id", "path", _string("`Gateway-Stream-Id` of the answer.")),
+        "LastEventId": _parameter("Last-Event-ID", "header", _string(cursor)),
+        "After": _parameter("after", "query", _string("How many events the caller has, where it counts them itself.")),
+        "EventIds": _parameter("Gateway-Event-Ids", "header", _string("`?1`: each event of the stream has an `id`.")),
         "CacheControl": _parameter("Cache-Control", "header", _string(cache_control)),
         "RequestId": _parameter("X-Request-Id", "header", _string("Names the request in logs and in the answer.")),
     }

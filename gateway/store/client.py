@@ -1,50 +1,128 @@
-"""How redis-py is set up, and what its failures mean."""
+"""How redis-py is set up, how commands leave through it, and what its failures mean."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import redis.asyncio as aioredis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ResponseError
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoScriptError,
+    RedisClusterException,
+    ResponseError,
+    TryAgainError,
+)
 from redis.maint_notifications import MaintNotificationsConfig
 
 from gateway.config import RedisConfig
 from gateway.errors import ConfigError, StoreCorrupt, StoreError, StoreUnavailable
+from gateway.store.scripts import TEXTS
 
-# One each for lookups, patient lookups, writes, and the watch.
-FEWEST_CONNECTIONS = 4
+# One each for lookups, patient lookups, reads of logs, writes, and the watch. The bell has one beside these.
+FEWEST_CONNECTIONS = 5
+
+Client = aioredis.Redis | RedisCluster
+Command = tuple[Any, ...]
+"""Its first argument is a key, or it is a script's call."""
+
+_NOT_NOW = (AskError, ClusterDownError, MasterDownError, MovedError, TryAgainError)
 
 
 class StoreRefused(StoreUnavailable):
     """The server is there, but will not do this: read-only, out of memory, not allowed."""
 
 
-def connect(config: RedisConfig, url: str) -> aioredis.Redis:
+def connect(config: RedisConfig, url: str) -> Client:
     """A client without retries: a dead cache must cost one time-out, not ten. Raises `ConfigError`."""
+    options: dict[str, Any] = {
+        "protocol": config.protocol,
+        # Every call has a deadline of its own; the library's would cost a task and two timers a command.
+        "socket_timeout": None,
+        "socket_connect_timeout": config.connect_timeout_s,
+        "retry": no_retry(),
+        # With them a connection that the server has closed is taken for a good one.
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
+    connections = max(FEWEST_CONNECTIONS, config.max_connections)
     try:
-        client = aioredis.Redis.from_url(
-            url,
-            protocol=config.protocol,
-            # Every call has a deadline of its own; the library's would cost a task and two timers a command.
-            socket_timeout=None,
-            socket_connect_timeout=config.connect_timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            # With them a connection that the server has closed is taken for a good one.
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        )
+        if config.cluster:
+            # Half a cluster still serves the keys that it has.
+            return RedisCluster.from_url(url, **options, max_connections=connections, require_full_coverage=False)
+        client = aioredis.Redis.from_url(url, **options)
         # Looks at the URL's options, which otherwise the first command would do.
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RedisClusterException) as error:
         raise ConfigError([f"redis.url: {error}"]) from None
-    client.connection_pool.max_connections = max(FEWEST_CONNECTIONS, config.max_connections)
+    client.connection_pool.max_connections = connections
     return client
+
+
+def no_retry() -> Retry:
+    return Retry(NoBackoff(), 0)
+
+
+class Wire(Protocol):
+    """Where commands leave. Everything raises what the client raises."""
+
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
+        """The answers, errors of the server among them, in one round trip."""
+        ...
+
+    async def extra_connection(self, turn: int) -> AbstractConnection:
+        """A connection beside all others, not yet connected; of a cluster, to another node each turn."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Single:
+    """The way to one server."""
+
+    def __init__(self, client: aioredis.Redis) -> None:
+        self.client = client
+
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
+        if len(commands) == 1:
+            try:
+                return [await self.client.execute_command(*commands[0])]  # type: ignore[no-untyped-call]
+            except ResponseError as error:
+                return [error]
+        pipeline = self.client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return await pipeline.execute(raise_on_error=False)
+
+    async def extra_connection(self, turn: int) -> AbstractConnection:  # noqa: ARG002  # there is one server only
+        return self.client.connection_pool.make_connection()  # type: ignore[no-any-return,no-untyped-call]
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+async def send(wire: Wire, commands: Sequence[Command]) -> list[Any]:
+    """The answers, errors among them. A script that a server does not know is sent to it in full."""
+    answers = await wire.send(commands)
+    unknown = [place for place, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+    if unknown:
+        again = await wire.send([("EVAL", TEXTS[commands[place][1]], *commands[place][2:]) for place in unknown])
+        for place, answer in zip(unknown, again, strict=True):
+            answers[place] = answer
+    return answers
 
 
 def as_store_error(error: Exception) -> StoreError:
     """What a failure of the client means to us."""
     text = str(error) or type(error).__name__
-    if not isinstance(error, ResponseError):
+    if isinstance(error, StoreError):
+        return error
+    if not isinstance(error, ResponseError) or isinstance(error, _NOT_NOW):
         return StoreUnavailable(text)
     return StoreCorrupt(text) if text.startswith("WRONGTYPE") else StoreRefused(text)
 

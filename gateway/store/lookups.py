@@ -1,15 +1,11 @@
-"""Lookups of one turn of the loop leave in one pipeline, and come back by a deadline."""
+"""What is asked in one turn of the loop leaves in one pipeline, and comes back by a deadline."""
 
 import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import redis.asyncio as aioredis
-
 from gateway.errors import StoreUnavailable
-from gateway.store.client import as_store_error
-
-Fields = list[bytes | None]
+from gateway.store.client import Command, Wire, as_store_error, send
 
 # The deadline is Redis' time, not ours: it passes in ticks, and a stall of the loop counts as one, however long it is.
 # Between two ticks the loop looks at its sockets, so an answer that lies there is never given up.
@@ -18,18 +14,18 @@ _SHORTEST_TICK_S = 0.001  # uvloop's clock has no finer one
 
 
 class _Batch:
-    """Lookups that leave together."""
+    """Commands that leave together."""
 
     __slots__ = ("task", "ticks", "timer", "wanted")
 
     def __init__(self) -> None:
-        self.wanted: list[tuple[str, Sequence[str], asyncio.Future[Fields]]] = []
+        self.wanted: list[tuple[Command, asyncio.Future[Any]]] = []
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.ticks = 0
 
     def settle(self, results: Sequence[Any]) -> None:
-        for (_, _, found), result in zip(self.wanted, results, strict=True):
+        for (_, found), result in zip(self.wanted, results, strict=True):
             if found.done():
                 continue
             if isinstance(result, Exception):
@@ -47,21 +43,24 @@ class Lookups:
     A lookup waits for ``wait_s``. Its batch goes on for ``limit_s``: reading a late answer costs less than a new connection.
     """
 
-    def __init__(self, client: aioredis.Redis, *, places: int, wait_s: float, limit_s: float) -> None:
-        self._client = client
+    def __init__(self, wire: Wire, *, places: int, wait_s: float, limit_s: float) -> None:
+        self._wire = wire
         self._places = places
         self._tick_s = max(wait_s / _TICKS, _SHORTEST_TICK_S)
         self._linger_s = max(limit_s - wait_s, 0)
         self._next = _Batch()
         self._scheduled = False
+        self._closed = False
         self._running: set[_Batch] = set()
 
-    async def get(self, name: str, fields: Sequence[str]) -> Fields:
-        """The hash's fields. Raises `StoreUnavailable`, and `StoreCorrupt` where the key is of another type."""
+    async def run(self, command: Command) -> Any:
+        """The answer to a command. Raises `StoreUnavailable`, and `StoreCorrupt` where a key is of another type."""
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[Fields] = loop.create_future()
+        found: asyncio.Future[Any] = loop.create_future()
         batch = self._next
-        batch.wanted.append((name, fields, found))
+        batch.wanted.append((command, found))
         if batch.timer is None:
             batch.timer = loop.call_later(self._tick_s, self._tick, batch)
         if not self._scheduled and len(self._running) < self._places:
@@ -71,6 +70,7 @@ class Lookups:
 
     async def close(self) -> None:
         """Ends all lookups; they fail."""
+        self._closed = True
         for batch in (self._next, *self._running):
             self._abandon(batch)
         tasks = [batch.task for batch in self._running if batch.task]
@@ -88,7 +88,7 @@ class Lookups:
 
     async def _run(self, batch: _Batch) -> None:
         try:
-            results = await self._fetch(batch)
+            results = await send(self._wire, [command for command, _ in batch.wanted])
         except Exception as error:  # noqa: BLE001  # whatever it is, nobody may wait for ever because of it
             batch.fail(error)
         else:
@@ -99,15 +99,6 @@ class Lookups:
             self._running.discard(batch)
             if not self._scheduled:
                 self._send()
-
-    async def _fetch(self, batch: _Batch) -> list[Any]:
-        if len(batch.wanted) == 1:
-            name, fields, _ = batch.wanted[0]
-            return [await self._client.execute_command("HMGET", name, *fields)]  # type: ignore[no-untyped-call]
-        pipeline = self._client.pipeline(transaction=False)
-        for name, fields, _ in batch.wanted:
-            pipeline.execute_command("HMGET", name, *fields)
-        return await pipeline.execute(raise_on_error=False)
 
     def _tick(self, batch: _Batch) -> None:
         loop = asyncio.get_running_loop()

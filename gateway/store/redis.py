@@ -1,93 +1,57 @@
-"""Recordings in Redis (7.0 or later, Valkey, Dragonfly, hosted ones; Cluster by the hash tag).
+"""The store on Redis (7.0 or later, Valkey, Dragonfly, hosted ones; Cluster by the hash tag). `keys` has the schema.
 
-Keys, all under ``[redis] prefix`` (``gw``):
-
-| key            | type   | holds                                                                            | lives      |
-|----------------|--------|----------------------------------------------------------------------------------|------------|
-| `gw:{K}:rec`   | hash   | `v` schema version, `at` start of the flight (µs), `meta` (JSON), `sse` (all     | `ttl_s`    |
-|                |        | frames, marked where a reply differs), `marks` (arrivals, and what stood there), |            |
-|                |        | `body` (JSON)                                                                    |            |
-| `gw:secret`    | string | the secret of the cache keys, where the configuration names none                 | for ever   |
-
-``{K}`` is the cache key, so all keys of one cache key share a slot.
-
-A lookup is one ``HMGET`` under a hard deadline. After a few failures in a row the store counts as away: nobody waits
-for it, until a watch sees that it answers in time again.
+A lookup is one ``HMGET`` under a hard deadline.
 """
 
 import asyncio
-import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, Self
-
-import redis.asyncio as aioredis
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.core.recording import SCHEMA_VERSION, CorruptRecording, Marks, Meta, Recording
 from gateway.errors import StoreCorrupt, StoreError, StoreUnavailable
-from gateway.store.client import FEWEST_CONNECTIONS, StoreRefused, connect, store_errors_only
-from gateway.store.lookups import Lookups
+from gateway.ports import FlightId, LogName, Writer
+from gateway.store import scripts
+from gateway.store.client import Client, StoreRefused, connect
+from gateway.store.keys import Keys
+from gateway.store.logs import Logs, fenced
+from gateway.store.server import Server
 
 __all__ = ["RedisStore", "connect"]
-
-log = logging.getLogger(__name__)
 
 _FIELDS = {"stream": ("v", "meta", "sse", "marks"), "whole": ("v", "meta", "body")}
 _VERSION = b"%d" % SCHEMA_VERSION
 
-# KEYS: the recording. ARGV: v, at, meta, sse, marks, body, life in ms. A recording of a later-started flight stays.
-# The first write is one that a server without memory refuses: after any other it would let this one pass.
-_STORE = """
-local at = redis.pcall('HGET', KEYS[1], 'at')
-if type(at) == 'table' then
-  redis.call('DEL', KEYS[1])
-elseif at and (tonumber(at) or 0) > tonumber(ARGV[2]) then
-  return 0
-end
-redis.call('HSET', KEYS[1], 'v', ARGV[1], 'at', ARGV[2], 'meta', ARGV[3], 'sse', ARGV[4], 'marks', ARGV[5], 'body', ARGV[6])
-redis.call('PEXPIRE', KEYS[1], ARGV[7])
-return 1
-"""
-
-_PATIENT_S = 5.0
-_FAILURES_TO_DOWN = 3
-_WATCH_UP_S = 10.0
-_LOG_INTERVAL_S = 30.0
 # No server refuses such a life: some count it in nanoseconds, one in 28 bits of seconds.
 _LONGEST_LIFE_S = 2**28 - 1
 # Recordings that wait to be written, together. What is beyond is not stored.
 _MAX_UNWRITTEN_BYTES = 67_108_864
+# How often a recording that makes way may turn out to be another one than was thought.
+_STORE_TRIES = 4
 
 
-class RedisStore:
+class RedisStore(Logs):
     """The `Store` on a Redis client. An async context: entering agrees on the secret, if the server can be reached."""
 
-    def __init__(self, client: aioredis.Redis, config: RedisConfig, *, secret: bytes | None = None) -> None:
-        self._client = client
-        self._config = config
+    def __init__(
+        self,
+        client: Client,
+        config: RedisConfig,
+        *,
+        secret: bytes | None = None,
+        lease_s: float = 5.0,
+        resume_s: float = 300.0,
+    ) -> None:
+        keys = Keys(config.prefix)
+        server = Server(client, config, self._agree_on_secret, ("HMGET", keys.probe, "v"))
+        super().__init__(server, keys, lease_s=lease_s, resume_s=resume_s)
         self._secret = secret or secrets.token_bytes(32)
         self._agree = secret is None
-        self._prefix = config.prefix
-        connections = max(FEWEST_CONNECTIONS, config.max_connections)
-        quick, patient = connections // 4, max(1, connections // 8)
-        limit_s = config.command_timeout_s
-        self._lookups = Lookups(client, places=quick, wait_s=config.lookup_timeout_s, limit_s=limit_s)
-        self._patient_lookups = Lookups(client, places=patient, wait_s=_PATIENT_S, limit_s=limit_s)
-        self._writes = asyncio.Semaphore(connections - quick - patient - 1)
         self._unwritten_bytes = 0
-        self._store = client.register_script(_STORE)
         self._deletions: dict[CacheKey, asyncio.Task[None]] = {}
-        self._failures = 0
-        self._failed_at = 0.0
-        self._available = False
-        self._closed = False
-        self._fell = asyncio.Event()
-        self._watch: asyncio.Task[None] | None = None
-        self._told_at: dict[str, float] = {}
-        self._told_away = False
 
     @property
     def secret(self) -> bytes:
@@ -95,56 +59,74 @@ class RedisStore:
 
     @property
     def available(self) -> bool:
-        return self._available
+        return self._server.available
 
     async def __aenter__(self) -> Self:
-        await self._look()
-        self._watch = asyncio.create_task(self._keep_watch())
+        self._bell.open()
+        try:
+            await self._server.open()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def lookup(self, key: CacheKey, want: Literal["stream", "whole"], *, patient: bool = False) -> Recording | None:
-        if not (self._available or patient):
-            raise StoreUnavailable("the store is away")
-        began = _now()
-        lookups = self._patient_lookups if patient else self._lookups
         try:
-            fields = await lookups.get(self._key(key), _FIELDS[want])
-            self._failures = 0
+            fields = await self._server.look_up(("HMGET", self._keys.recording(key), *_FIELDS[want]), patient=patient)
             return _load(want, fields)
-        except StoreUnavailable as error:
-            self._failed(error, began)
-            raise
         except StoreCorrupt as error:
             self._discard(key, error)
             raise
 
-    async def store(self, key: CacheKey, recording: Recording) -> bool:
-        meta, marks = recording.meta, recording.marks or Marks()
-        at_us, life_ms = int(meta.started_at * 1e6), max(1, int(min(meta.ttl_s, _LONGEST_LIFE_S) * 1000))
-        parts = (_VERSION, at_us, meta.dumps(), recording.sse or b"", marks.pack(), recording.body or b"", life_ms)
+    async def recording_of(self, log: LogName) -> Recording | None:
+        """The recording that this flight left, for a stream, if it is still kept."""
+        keys = [self._keys.recording(log.key), self._keys.replaced(log)]
+        command = scripts.RECORDING_OF.call(keys, log.flight, *_FIELDS["stream"])
+        return _load("stream", await self._server.run(command, "patient"))
+
+    async def store(
+        self,
+        key: CacheKey,
+        recording: Recording,
+        *,
+        ends: LogName | None = None,
+        writer: Writer | None = None,
+        end: bytes = b"",
+    ) -> bool:
         with self._room_for(recording.size_bytes):
-            async with self._writes:
-                return bool(await self._command(lambda: self._store(keys=[self._key(key)], args=parts)))
+            replaced = LogName(key, FlightId(recording.meta.flight))
+            for attempt in range(_STORE_TRIES):
+                names = [self._keys.recording(key), self._keys.replaced(replaced)]
+                args = [*self._recorded(recording), int(attempt == _STORE_TRIES - 1)]
+                if ends:
+                    names += self._ownership(ends)
+                    args += [ends.flight, str(writer), self._keys.bell(ends.flight), end, recording.meta.frames]
+                answer = await self._server.write(scripts.STORE.call(names, *args))
+                if not isinstance(answer, bytes):
+                    break
+                replaced = LogName(key, FlightId(answer.decode()))
+        if answer < 0:
+            raise fenced()
+        return bool(answer)
 
     async def delete(self, key: CacheKey) -> None:
-        async with self._writes:
-            await self._command(lambda: self._client.unlink(self._key(key)))
+        await self._server.write(("UNLINK", self._keys.recording(key)))
 
     async def close(self) -> None:
-        self._closed = True  # Python 3.11's `asyncio.wait_for`, which clients use, may lose a cancellation
-        tasks = [*self._deletions.values(), *([self._watch] if self._watch else [])]
+        tasks = list(self._deletions.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(self._lookups.close(), self._patient_lookups.close())
-        with suppress(StoreError), store_errors_only():
-            await self._client.aclose()
+        await asyncio.gather(self._bell.close(), self._server.close())
 
-    def _key(self, key: CacheKey) -> str:
-        return f"{self._prefix}:{{{key}}}:rec"
+    def _recorded(self, recording: Recording) -> list[Any]:
+        meta, marks = recording.meta, recording.marks or Marks()
+        at_us, life_ms = int(meta.started_at * 1e6), max(1, int(min(meta.ttl_s, _LONGEST_LIFE_S) * 1000))
+        parts = (meta.dumps(), recording.sse or b"", marks.pack(), recording.body or b"")
+        return [_VERSION, at_us, *parts, meta.flight, life_ms, self._resume_ms]
 
     @contextmanager
     def _room_for(self, size_bytes: int) -> Iterator[None]:
@@ -157,27 +139,11 @@ class RedisStore:
         finally:
             self._unwritten_bytes -= size_bytes
 
-    async def _command(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        if not self._available:
-            raise StoreUnavailable("the store is away")
-        began = _now()
-        try:
-            with store_errors_only():
-                async with asyncio.timeout(self._config.command_timeout_s):
-                    return await call()
-        except StoreRefused as error:
-            # No reason to stop looking things up.
-            self._tell("Redis refuses to store: %s", error)
-            raise
-        except StoreUnavailable as error:
-            self._failed(error, began)
-            raise
-
     def _discard(self, key: CacheKey, why: StoreCorrupt) -> None:
         """Deletes what does not load; the caller does not wait for it."""
         if key in self._deletions:
             return
-        self._tell("Stored recordings do not load and are deleted: %s", why)
+        self._server.warn("Stored recordings do not load and are deleted: %s", why)
         self._deletions[key] = task = asyncio.create_task(self._delete_quietly(key))
         task.add_done_callback(lambda _: self._deletions.pop(key))
 
@@ -185,76 +151,19 @@ class RedisStore:
         with suppress(StoreError):
             await self.delete(key)
 
-    def _failed(self, error: StoreError, began: float) -> None:
-        """Failures count as in a row only if each call began after the last had failed: one hiccup hits many calls."""
-        if began >= self._failed_at:
-            self._failures += 1
-            self._failed_at = _now()
-        if self._available and self._failures >= _FAILURES_TO_DOWN:
-            self._available = False
-            self._fell.set()
-        if not self._available and self._tell("Redis does not serve, requests go on without the cache: %s", error):
-            self._told_away = True
-
-    def _tell(self, text: str, error: StoreError) -> bool:
-        """One line of a kind an interval: an outage must not fill the log."""
-        now = _now()
-        if now - self._told_at.get(text, float("-inf")) < _LOG_INTERVAL_S:
-            return False
-        self._told_at[text] = now
-        log.warning(text, error)
-        return True
-
-    async def _keep_watch(self) -> None:
-        """Notices that the store is back, and that it came back empty."""
-        while not self._closed:
-            self._fell.clear()
-            try:
-                async with asyncio.timeout(_WATCH_UP_S if self._available else self._config.cooldown_s):
-                    await self._fell.wait()
-            except TimeoutError:
-                await self._look()
-
-    async def _look(self) -> None:
-        began = _now()
-        try:
-            with store_errors_only():
-                async with asyncio.timeout(
-                    self._config.command_timeout_s if self._available else self._config.connect_timeout_s
-                ):
-                    await self._agree_on_secret()
-            if not self._available:
-                # Slow is no better than gone: it is back when a lookup is answered in time.
-                await self._lookups.get(f"{self._prefix}:probe", ("v",))
-        except StoreError as error:
-            self._failed(error, began)
-            return
-        if not self._available:
-            self._available = True
-            self._failures = 0
-            if self._told_away:
-                self._told_away = False
-                log.warning("Redis is back")
-
     async def _agree_on_secret(self) -> None:
         """All replicas take the secret that the first of them wrote; it is written again where it was lost."""
         if not self._agree:
-            await self._client.ping()
+            await self._server.ask(("EXISTS", self._keys.probe))
             return
-        name = f"{self._prefix}:secret"
         try:
-            with store_errors_only():
-                await self._client.set(name, self._secret, nx=True)
+            await self._server.ask(("SET", self._keys.secret, self._secret, "NX"))
         except StoreRefused as error:
             # One that is there already will do.
-            self._tell("Redis refuses to store: %s", error)
-        agreed = await self._client.get(name)
+            self._server.warn("Redis refuses to store: %s", error)
+        agreed = await self._server.ask(("GET", self._keys.secret))
         if isinstance(agreed, bytes) and 16 <= len(agreed) <= 64:
             self._secret = agreed
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _load(want: str, fields: Sequence[bytes | None]) -> Recording | None:

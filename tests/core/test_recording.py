@@ -368,6 +368,7 @@ METAS = st.builds(
     frames=st.integers(0, 10**6), finish_reasons=st.lists(st.text(max_size=3), max_size=2).map(tuple),
     usage=st.none() | st.just(USAGE), body_id=st.none() | st.tuples(st.integers(0, 9), st.integers(10, 20)),
     body_created=st.none() | st.tuples(st.integers(0, 9), st.integers(10, 20)), whole=st.booleans(),
+    flight=st.text(max_size=3), runs=st.lists(st.tuples(st.text(max_size=3), st.integers(0, 10**6)), max_size=2).map(tuple),
 )  # fmt: skip
 
 

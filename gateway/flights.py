@@ -1,0 +1,385 @@
+"""The table of flights, and what drives each: the claim, the pump of an upstream call, the mirror of another's log."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from gateway.core.apis import Api
+from gateway.core.content import Continuation
+from gateway.core.key import CacheKey
+from gateway.core.policy import StoreRules
+from gateway.core.recording import Meta, Recording, body_spans, parse_chunk
+from gateway.errors import (
+    GatewayError,
+    ShuttingDown,
+    StoreError,
+    StreamCancelled,
+    StreamLost,
+    UpstreamBroke,
+)
+from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome
+from gateway.mirror import Mirror
+from gateway.ports import Clock, FlightId, LogName, Store
+from gateway.pump import Plan, Pump, Rules
+from gateway.sharing import Shared, Sharing
+
+log = logging.getLogger(__name__)
+
+_CLOSING = "The gateway is shutting down; resume this stream, or ask again."
+# A sealed flight stays in the table for longer than any lookup takes.
+_LINGER_S = 0.25
+# How long a process that ends may take to hand its flights over.
+_LAST_WORDS_S = 1.0
+# How much of a lease a resumer waits for a writer whose lease it has never seen: it may only have been evicted.
+_PATIENT_LEASES = 0.5
+
+NewId = Callable[[int], str]
+"""So many random bytes, as hexadecimal digits."""
+Run = Callable[[], Coroutine[Any, Any, None]]
+
+
+def _abandoned() -> Abandoned:
+    return Abandoned(StreamCancelled("The stream was ended because nobody was left to read it."))
+
+
+class Flights:
+    """The table of flights."""
+
+    def __init__(self, store: Store, keep: StoreRules, clock: Clock, rules: Rules, new_id: NewId) -> None:
+        self._store = store
+        self._keep_rules = keep
+        self._clock = clock
+        self._rules = rules
+        self._new_id = new_id
+        self._sharing = Sharing(store, rules.terms)
+        self._by_key: dict[CacheKey, Flight] = {}
+        self._by_name: dict[LogName, Flight] = {}
+        self._shared: dict[Flight, Shared] = {}
+        self._tasks: dict[Flight, asyncio.Task[None]] = {}
+        self._endings: dict[Flight, Outcome] = {}
+        self._graces: dict[Flight, asyncio.TimerHandle] = {}
+        self._checks: dict[Flight, asyncio.Task[None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def find(self, key: CacheKey) -> Flight | None:
+        """The flight that a request of this key may join, or whose recording is on its way to the store."""
+        flight = self._by_key.get(key)
+        return None if flight is None or flight.error or flight.overflowed else flight
+
+    def named(self, name: LogName, run: str) -> Flight | None:
+        """The flight of that log that this replica writes or reads, as a reader of the run ``run`` knows it."""
+        flight = self._by_name.get(name)
+        shared = self._shared.get(flight) if flight else None
+        # A log that others have taken over is another's: here is only what the callers of this replica's run have seen.
+        return None if shared and shared.fenced and flight and flight.run != run else flight
+
+    def start(self, plan: Plan) -> Flight:
+        """Begins an upstream call in a task of its own, or follows the one that another replica has begun."""
+        name = None if plan.key is None else LogName(plan.key, FlightId(self._new_id(8)))
+        # What is not kept, and not joined, is assembled only for a caller who wants it whole.
+        flight = self._flight(plan.call.api, name, assemble=name is not None or not plan.call.streamed)
+        if plan.key is not None and plan.joinable:
+            self._by_key[plan.key] = flight
+        self._drive(flight, plan, partial(self._fly, flight, plan))
+        return flight
+
+    def follow(self, api: Api, name: LogName, plan: Callable[[], Plan]) -> Flight:
+        """Reads the log of another replica's flight, for those who resume it. ``plan`` tells how to take it over."""
+        flight = self._flight(api, name)
+        flight.resolve("followed")
+        self._by_name[name] = flight
+        self._drive(flight, None, partial(self._follow, flight, plan, self._rules.terms.lease_s * _PATIENT_LEASES))
+        return flight
+
+    def replay(self, api: Api, name: LogName, recording: Recording) -> Flight:
+        """A closed flight that says what a recording holds."""
+        flight = self._flight(api, name)
+        flight.runs = list(recording.meta.runs) or flight.runs
+        marks = recording.marks
+        flight.copy(recording.frames(None, usage=True), marks.at_us if marks else ())
+        flight.land_head({})
+        flight.close(Complete())
+        flight.retire()
+        return flight
+
+    def listeners(self, flight: Flight) -> int:
+        """Readers in other replicas, as far as this one knows."""
+        shared = self._shared.get(flight)
+        return shared.listeners if shared else 0
+
+    def check(self, flight: Flight) -> None:
+        """A reader was cancelled: where none is left, the flight ends."""
+        if flight.readers == 0 and flight.outcome is None:
+            flight.on_unread()
+
+    async def close(self) -> None:
+        """Ends every flight: its readers are told that the gateway is shutting down, other replicas that they may go on."""
+        tasks = [*self._tasks.values(), *self._checks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._sharing.close()
+
+    def _flight(self, api: Api, name: LogName | None, *, assemble: bool = True) -> Flight:
+        terms = self._rules.terms
+        return Flight(
+            api, name, self._new_id(4), started_at=self._clock.now(), max_bytes=terms.max_flight_bytes, assemble=assemble
+        )
+
+    # What drives a flight
+
+    def _drive(self, flight: Flight, plan: Plan | None, run: Run) -> None:
+        task = asyncio.get_running_loop().create_task(self._driven(flight, run))
+        flight.on_unread = partial(self._unread, flight, plan)
+        self._tasks[flight] = task
+        task.add_done_callback(partial(self._landed, flight))
+
+    def _landed(self, flight: Flight, task: asyncio.Task[None]) -> None:  # noqa: ARG002  # a callback's argument
+        del self._tasks[flight]
+        if flight.outcome is None and flight.resolution != "landed":  # cancelled before its first step: nothing has run
+            flight.close(Failed(ShuttingDown(_CLOSING)))
+            self._retire(flight)
+
+    async def _driven(self, flight: Flight, run: Run) -> None:
+        try:
+            await run()
+        except GatewayError as error:
+            flight.close(Failed(error))
+        except asyncio.CancelledError:
+            flight.close(self._endings.pop(flight, Failed(ShuttingDown(_CLOSING))))
+        except Exception:  # a bug of ours, or of an upstream's library: no reader may wait for ever because of it
+            log.exception("what drives %r broke", flight)
+            flight.close(Failed(GatewayError("The gateway failed to read the answer.")))
+        try:
+            await self._end_log(flight)
+        finally:
+            self._retire(flight)
+
+    async def _fly(self, flight: Flight, plan: Plan) -> None:
+        if plan.key is None or not plan.joinable or await self._claims(flight, plan):
+            flight.resolve("led")
+            await self._lead(flight, plan)
+        elif flight.resolution == "followed":
+            await self._follow(flight, lambda: plan, self._rules.terms.lease_s)
+
+    async def _claims(self, flight: Flight, plan: Plan) -> bool:
+        """Whether this replica leads. If not, there is a recording, or another flight to follow."""
+        name = flight.name
+        assert name  # noqa: S101  # only what has a key is claimed
+        try:
+            claimed = await self._store.claim(name, self._sharing.writer(flight.run), newer_than_us=plan.newer_than_us)
+        except StoreError as error:
+            log.debug("%r is not claimed: %s", flight, error)
+            return True
+        if claimed.landed:
+            self._forget(flight)
+            flight.resolve("landed")
+            return False
+        if claimed.follow is None or claimed.follow == name.flight:
+            return True
+        there = LogName(name.key, claimed.follow)
+        if known := self._by_name.get(there):
+            if known.overflowed or known.outcome:
+                return True
+            flight.instead = known
+            self._by_key[name.key] = known
+            flight.resolve("followed")
+            return False
+        flight.name = there
+        self._by_name[there] = flight
+        flight.resolve("followed")
+        return False
+
+    async def _lead(self, flight: Flight, plan: Plan, continuation: Continuation | None = None) -> None:
+        if flight.name:
+            self._by_name[flight.name] = flight
+            self._shared[flight] = self._sharing.begin(flight, flight.name, request=plan.noted, joinable=plan.joinable)
+        await Pump(self, flight, plan, self._rules, self._clock, continuation).run()
+
+    async def _follow(self, flight: Flight, plan: Callable[[], Plan], trust_s: float) -> None:
+        """Mirrors another replica's log, and goes on with the call where that replica does not."""
+        name = flight.name
+        if flight.instead or name is None:
+            return
+        mirror = Mirror(self._store, flight, name, lease_s=self._rules.terms.lease_s, trust_s=trust_s)
+        try:
+            while await mirror.run() == "orphaned":
+                if not flight.readers:
+                    flight.close(_abandoned())
+                    return
+                own_plan = plan()
+                if await self._takes_over(flight, name, mirror):
+                    break
+            else:
+                return
+        finally:
+            await mirror.leave()
+        flight.resolve("led")
+        await self._lead(flight, own_plan, self._continuation(flight))
+
+    async def _takes_over(self, flight: Flight, name: LogName, mirror: Mirror) -> bool:
+        writer = self._sharing.writer(flight.run)
+        try:
+            if not await self._store.take_over(name, writer, joinable=self._by_key.get(name.key) is flight):
+                return False  # another one was faster, or it has ended
+            await mirror.catch_up()
+        except StoreError as error:
+            log.debug("%r is gone on with alone: %s", flight, error)
+        return True
+
+    def _continuation(self, flight: Flight) -> Continuation | None:
+        """What makes another run the same stream; None where nothing was shown. Raises `StreamLost`."""
+        if flight.base:
+            raise StreamLost("Who ran the call is gone, and not all that was shown of it is still known.")
+        if flight.runs[-1][0] != flight.run:
+            flight.runs.append((flight.run, flight.count))
+        if not flight.count:
+            flight.runs = [(flight.run, 0)]
+            return None
+        log.info("going on with %r, whose replica is gone", flight)
+        return Continuation(parse_chunk(frame.payload) for frame in flight.frames)
+
+    async def _end_log(self, flight: Flight) -> None:
+        """Tells the other replicas how it ended; a flight that was only interrupted is left to them."""
+        shared = self._shared.pop(flight, None)
+        if shared is None or shared.fenced or flight.outcome is None:
+            return
+        try:
+            if isinstance(flight.error, ShuttingDown):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self._sharing.release(shared)
+            else:
+                await self._sharing.finish(shared, flight.outcome)
+        except (StoreError, TimeoutError) as error:
+            log.debug("the end of %r is not shared: %s", flight, error)
+
+    # Where nobody reads
+
+    def _unread(self, flight: Flight, plan: Plan | None) -> None:
+        if flight.cancelled:
+            if flight not in self._checks:
+                self._checks[flight] = task = asyncio.get_running_loop().create_task(self._end_if_unheard(flight))
+                task.add_done_callback(lambda _: self._checks.pop(flight))
+        elif flight not in self._graces and not self._worth_finishing(flight, plan):
+            self._wait(flight, plan, self._rules.abandon_grace_s if flight.name else 0.0)
+
+    def _wait(self, flight: Flight, plan: Plan | None, grace_s: float) -> None:
+        timer = asyncio.get_running_loop().call_later(grace_s, self._still_unread, flight, plan)
+        self._graces[flight] = timer
+
+    def _worth_finishing(self, flight: Flight, plan: Plan | None) -> bool:
+        if plan is None or flight.resolution == "followed":
+            return False  # somebody else finishes it
+        if self._rules.when_abandoned == "finish_if_cacheable":
+            return plan.key is not None and flight.recorder.size_bytes <= self._keep_rules.max_recording_bytes
+        return self._rules.when_abandoned == "finish"
+
+    def _still_unread(self, flight: Flight, plan: Plan | None) -> None:
+        del self._graces[flight]
+        if flight.readers or flight.outcome or self._worth_finishing(flight, plan):
+            return
+        if self.listeners(flight):
+            self._wait(flight, plan, max(self._rules.abandon_grace_s, self._rules.terms.lease_s))
+        else:
+            self._end(flight, _abandoned())
+
+    async def _end_if_unheard(self, flight: Flight) -> None:
+        if shared := self._shared.get(flight):
+            await self._sharing.check(shared)
+        if not (flight.readers or flight.outcome or self.listeners(flight)):
+            self._end(flight, _abandoned())
+
+    def _end(self, flight: Flight, outcome: Outcome) -> None:
+        if task := self._tasks.get(flight):
+            self._endings[flight] = outcome
+            task.cancel()
+
+    # What its pump tells
+
+    def grown(self, flight: Flight) -> None:
+        """It has a head, or more frames."""
+        if shared := self._shared.get(flight):
+            self._sharing.grown(shared)
+        if not flight.readers:
+            flight.on_unread()  # it may have become too large to be worth finishing
+
+    def complete(self, flight: Flight, plan: Plan) -> None:
+        """Ends the log. From here on newcomers find this flight, if no later one has taken its place."""
+        if plan.key is not None:
+            newest = self._by_key.get(plan.key)
+            if newest is None or newest.started_at <= flight.started_at:
+                self._by_key[plan.key] = flight
+        flight.close(Complete())
+
+    async def keep(self, flight: Flight, plan: Plan) -> None:
+        """Seals and stores a complete answer, if the rules allow."""
+        shared = self._shared.pop(flight, None)
+        if plan.key is None or shared is None:
+            return
+        recording = self._recording(flight, plan)
+        if recording is None:
+            self._forget(flight)  # nobody who comes now need wait until the others are told
+        elif not shared.fenced:
+            flight.seal(recording)
+        try:
+            await self._sharing.finish(shared, Complete(), recording)
+        except StoreError as error:
+            log.debug("not stored: %s", error)
+
+    def _recording(self, flight: Flight, plan: Plan) -> Recording | None:
+        call, recorder = plan.call, flight.recorder
+        why_not = self._keep_rules.why_not(
+            reasons=recorder.finish_reasons,
+            choices=call.api.choices(call.body),
+            size_bytes=recorder.size_bytes,
+            limits_tokens=call.api.limits_tokens(call.body),
+        )
+        if why_not or flight.overflowed:
+            log.debug("not stored (%s): %r", why_not, flight)
+            return None
+        try:
+            body = flight.whole()
+        except UpstreamBroke as error:
+            log.warning("not stored: %s", error)
+            return None
+        body_id, body_created = body_spans(body)
+        meta = Meta(
+            api=call.api.name,
+            model=str(call.body.get("model")),
+            upstream=plan.upstream.name,
+            started_at=flight.started_at,
+            written_at=self._clock.now(),
+            duration_us=flight.frames[-1].at_us,
+            ttl_s=plan.ttl_s,
+            id=recorder.id,
+            frames=len(flight.frames),
+            finish_reasons=tuple(reason for _, reason in sorted(recorder.finish_reasons.items())),
+            usage=recorder.usage,
+            body_id=body_id,
+            body_created=body_created,
+            whole=not flight.streamed,
+            flight=flight.id or "",
+            runs=tuple(flight.runs) if len(flight.runs) > 1 else (),
+        )
+        return recorder.recording(meta, body)
+
+    def _retire(self, flight: Flight) -> None:
+        if grace := self._graces.pop(flight, None):
+            grace.cancel()
+        if flight.recording is None:
+            self._forget(flight)
+        else:
+            # A lookup that left before the recording landed comes back with nothing and looks here next.
+            asyncio.get_running_loop().call_later(_LINGER_S, self._forget, flight)
+
+    def _forget(self, flight: Flight) -> None:
+        if flight.name:
+            if self._by_key.get(flight.name.key) is flight:
+                del self._by_key[flight.name.key]
+            if self._by_name.get(flight.name) is flight:
+                del self._by_name[flight.name]
+        flight.retire()

@@ -1,0 +1,168 @@
+"""A flight that another replica writes, as this one reads it: once, however many readers it has here."""
+
+import asyncio
+import logging
+from typing import Any, Literal
+
+import orjson
+
+from gateway.errors import StoreError, StreamLost, retold
+from gateway.flight import Abandoned, Complete, Failed, Flight
+from gateway.ports import LOG_START, Entry, FlightId, LogName, Page, Store
+
+log = logging.getLogger(__name__)
+
+# The doorbell tells what has come; a slow look is the net for a ring that was lost.
+_LOOKS_PER_LEASE = 2.5
+_AGAIN_S = 0.25
+# A lease is gone a moment after it should be, not before.
+_SLACK_S = 0.01
+
+End = Literal["ended", "orphaned"]
+
+
+class Mirror:
+    """Copies a shared log into ``flight``, and watches over its writer's lease."""
+
+    def __init__(self, store: Store, flight: Flight, name: LogName, *, lease_s: float, trust_s: float) -> None:
+        self._store = store
+        self._flight = flight
+        self._name = name
+        self._look_s = lease_s / _LOOKS_PER_LEASE
+        self._cursor = LOG_START
+        self._rung = asyncio.Event()
+        # A lease that is absent before its time was evicted, or lost with a restart of Redis: its holder takes it again.
+        self._lease_until_s = asyncio.get_running_loop().time() + trust_s
+        self._end: Entry | None = None
+
+    async def run(self) -> End:
+        """Returns when the log has ended, as the flight then has, or when nobody writes it any longer."""
+        flight: FlightId = self._name.flight
+        try:
+            await self._listen(flight)
+            while True:
+                self._rung.clear()
+                end = await self._look()
+                if end:
+                    return end
+                await self._ring(self._wait_s())
+        finally:
+            self._store.stop_listening(flight, self._rung.set)
+
+    async def catch_up(self) -> None:
+        """Reads what is left of a log whose writer is gone. Raises `StoreError`."""
+        while self._take(await self._read()).more:
+            pass
+
+    async def leave(self) -> None:
+        """Reads the log no longer; if a reader was cancelled, the writer has to know that none is left."""
+        if self._end:
+            return
+        try:
+            await self._store.read(self._name, self._cursor, readers=0)
+            for reader in self._flight.cancelled:
+                await self._store.cancel(self._name, reader)
+        except StoreError as error:
+            log.debug("%r is left without a word: %s", self._flight, error)
+
+    async def _listen(self, flight: FlightId) -> None:
+        try:
+            await self._store.listen(flight, self._rung.set)
+        except StoreError as error:
+            log.debug("the doorbell of %r is not heard: %s", self._flight, error)
+
+    async def _look(self) -> End | None:
+        try:
+            page = self._take(await self._read())
+        except StoreError as error:
+            log.debug("the log of %r cannot be read: %s", self._flight, error)
+            return "orphaned" if self._expired() else None
+        if self._end:
+            await self._close(self._end)
+            return "ended"
+        if page.more:
+            self._rung.set()
+        released = bool(page.entries) and page.entries[-1].released and not page.lease_s
+        return "orphaned" if released or (not page.lease_s and self._expired()) else None
+
+    async def _read(self) -> Page:
+        return await self._store.read(self._name, self._cursor, readers=self._flight.readers)
+
+    def _take(self, page: Page) -> Page:
+        if page.lease_s:
+            self._lease_until_s = asyncio.get_running_loop().time() + page.lease_s
+        self._cursor = page.cursor
+        for entry in page.entries:
+            self._apply(entry)
+        self._flight.cancel(page.cancelled)
+        return page
+
+    def _apply(self, entry: Entry) -> None:
+        flight = self._flight
+        if entry.head:
+            self._apply_head(orjson.loads(entry.head))
+        if entry.frames:
+            known = flight.count - (entry.count - len(entry.frames))
+            if known < 0:
+                raise StreamLost("What comes next is no longer kept.")
+            flight.copy(entry.frames[known:], entry.at_us[known:])
+        if entry.run and entry.run not in [run for run, _ in flight.runs]:
+            flight.runs.append((entry.run, entry.count))
+        if entry.end:
+            self._end = entry
+
+    def _apply_head(self, head: dict[str, Any]) -> None:
+        flight = self._flight
+        flight.runs = [(run, first) for run, first in head["runs"]]
+        flight.started_at = head["started_at"]
+        flight.streamed = head["streamed"]
+        flight.land_head(head["headers"])
+
+    async def _close(self, entry: Entry) -> None:
+        flight, end = self._flight, orjson.loads(entry.end)
+        if end["outcome"] != "complete":
+            error = retold(end)
+            flight.close(Failed(error) if end["outcome"] == "failed" else Abandoned(error))
+            return
+        if flight.count < entry.count:
+            await self._take_recording()
+        # What was not streamed is kept as it came: assembled from its frames it might be written otherwise.
+        if not flight.streamed and (body := entry.body or await self._stored_body()):
+            flight.keep_whole(body)
+        flight.close(Complete())
+
+    async def _take_recording(self) -> None:
+        """The log was lost and not written anew, since there was nothing more to say. Raises `StreamLost`."""
+        flight = self._flight
+        try:
+            recording = await self._store.recording_of(self._name)
+        except StoreError:
+            recording = None
+        if recording is None or recording.marks is None:
+            raise StreamLost("The end of the stream is no longer kept.")
+        frames, at_us = recording.frames(None, usage=True), recording.marks.at_us
+        flight.streamed = not recording.meta.whole
+        flight.copy(frames[flight.count :], at_us[flight.count :])
+        if flight.headers is None:
+            flight.land_head({})
+
+    async def _stored_body(self) -> bytes:
+        try:
+            recording = await self._store.lookup(self._name.key, "whole", patient=True)
+        except StoreError:
+            return b""
+        return recording.body or b"" if recording and recording.meta.flight == self._name.flight else b""
+
+    def _expired(self) -> bool:
+        return asyncio.get_running_loop().time() >= self._lease_until_s
+
+    def _wait_s(self) -> float:
+        left_s = self._lease_until_s - asyncio.get_running_loop().time()
+        return min(self._look_s, left_s + _SLACK_S if left_s > 0 else _AGAIN_S)
+
+    async def _ring(self, within_s: float) -> None:
+        timer = asyncio.get_running_loop().call_later(within_s, self._rung.set)
+        try:
+            await self._rung.wait()
+        finally:
+            timer.cancel()

@@ -1,0 +1,164 @@
+"""One run of an upstream call into the log of a flight, and what it needs to know."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from gateway.core.content import Continuation, Diverged
+from gateway.core.dialects.openai import DONE
+from gateway.core.key import CacheKey
+from gateway.errors import GatewayError, StreamDiverged, UpstreamBroke, UpstreamTimeout
+from gateway.flight import Flight
+from gateway.ports import Call, Clock, Upstream
+from gateway.sharing import Terms
+
+# A stream that has said [DONE] is read to its end for this long, so that its connection can be used again.
+_DRAIN_S = 0.5
+# Of a running idle time-out, so much may pass before it is set anew: that costs more than a token's way to its caller.
+_IDLE_STEPS = 20
+
+WhenAbandoned = Literal["finish", "cancel", "finish_if_cacheable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the configuration says of flights."""
+
+    terms: Terms = field(default_factory=Terms)
+    when_abandoned: WhenAbandoned = "finish_if_cacheable"
+    abandon_grace_s: float = 5.0
+    idle_timeout_s: float = 600.0
+    total_timeout_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a flight is for: the question, whom to ask, and under which key to keep the answer (None: do not)."""
+
+    call: Call
+    upstream: Upstream
+    key: CacheKey | None
+    joinable: bool
+    ttl_s: float
+    newer_than_us: int = -1
+    """A recording of a flight that began by then was looked at, and would not do."""
+    noted: Callable[[], bytes] = bytes
+    """What another replica needs of the request to take the flight over."""
+
+
+class Table(Protocol):
+    """Whose flights are pumped."""
+
+    def grown(self, flight: Flight) -> None:
+        """It has a head, or more frames."""
+        ...
+
+    def complete(self, flight: Flight, plan: Plan) -> None:
+        """All has been said."""
+        ...
+
+    async def keep(self, flight: Flight, plan: Plan) -> None:
+        """Seals and stores a complete answer, if that is allowed."""
+        ...
+
+
+class Pump:
+    """One run of an upstream call into a flight's log, where a ``continuation`` may stand between the two."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  # all that two streams have to do with each other
+        self, table: Table, flight: Flight, plan: Plan, rules: Rules, clock: Clock, continuation: Continuation | None
+    ) -> None:
+        self._table = table
+        self._flight = flight
+        self._plan = plan
+        self._rules = rules
+        self._clock = clock
+        self._continuation = continuation
+        self._idle_s = rules.idle_timeout_s
+        self._step_s = rules.idle_timeout_s / _IDLE_STEPS
+        # A run that goes on with another's counts its time from when that one began.
+        self._began = clock.monotonic() - (max(0.0, clock.now() - flight.started_at) if continuation else 0.0)
+        self._latest_us = flight.frames[-1].at_us if flight.frames else 0
+
+    async def run(self) -> None:
+        """Raises `GatewayError` where the answer ends early."""
+        total_s = self._rules.total_timeout_s
+        try:
+            async with asyncio.timeout(total_s) as total, asyncio.timeout(self._idle_s + self._step_s) as idle:
+                await self._ask(idle)
+        except TimeoutError:
+            why = f"took longer than {total_s:g} s" if total.expired() else f"sent nothing for {self._idle_s:g} s"
+            raise UpstreamTimeout(f"The upstream {why}.") from None
+        except Diverged as error:
+            raise StreamDiverged(f"The call had to be run again, and went another way: {error}.") from None
+        if self._flight.outcome:
+            await self._table.keep(self._flight, self._plan)
+
+    async def _ask(self, idle: asyncio.Timeout) -> None:
+        flight, plan = self._flight, self._plan
+        async with plan.upstream.ask(plan.call) as answer:
+            flight.land_head(answer.headers)
+            self._table.grown(self._flight)
+            if answer.batches is None:
+                self._take_whole(answer.whole or b"")
+                return
+            async with aclosing(answer.batches) as batches:
+                done = await self._copy(batches, idle)
+                if not done and not self._finished():
+                    raise UpstreamBroke("The upstream's stream ended before the answer was complete.")
+                if self._continuation:
+                    self._continuation.finish()
+                self._table.complete(flight, plan)
+                await asyncio.gather(self._table.keep(flight, plan), _drain(batches))
+
+    async def _copy(self, batches: AsyncIterator[list[bytes]], idle: asyncio.Timeout) -> bool:
+        """Appends what comes, until ``[DONE]`` (true) or the end."""
+        loop = asyncio.get_running_loop()
+        reschedule_at_s = 0.0
+        async for batch in batches:
+            if (now_s := loop.time()) >= reschedule_at_s:
+                idle.reschedule(now_s + self._idle_s + self._step_s)
+                reschedule_at_s = now_s + self._step_s
+            if self._append(batch):
+                return True
+        return False
+
+    def _append(self, batch: list[bytes]) -> bool:
+        if self._continuation:
+            batch = self._continued(batch, self._continuation)
+        try:
+            return self._flight.append(batch, self._us())
+        finally:
+            self._table.grown(self._flight)
+
+    def _continued(self, batch: list[bytes], continuation: Continuation) -> list[bytes]:
+        fed = (payload if payload.startswith(DONE) else continuation.feed(payload) for payload in batch)
+        return [payload for payload in fed if payload is not None]
+
+    def _take_whole(self, body: bytes) -> None:
+        if self._continuation:
+            self._append(self._flight.split(body))
+            self._continuation.finish()
+        else:
+            self._flight.take_whole(body, self._us())
+        self._table.complete(self._flight, self._plan)
+        self._table.grown(self._flight)
+
+    def _us(self) -> int:
+        self._latest_us = max(self._latest_us, int((self._clock.monotonic() - self._began) * 1e6))
+        return self._latest_us
+
+    def _finished(self) -> bool:
+        reasons, call = self._flight.recorder.finish_reasons, self._plan.call
+        return all(index in reasons for index in range(call.api.choices(call.body)))
+
+
+async def _drain(batches: AsyncIterator[list[bytes]]) -> None:
+    try:
+        async with asyncio.timeout(_DRAIN_S):
+            async for _ in batches:
+                pass
+    except (TimeoutError, GatewayError):
+        pass  # the answer is complete; only the connection is lost for re-use

@@ -1,0 +1,280 @@
+"""The logs that this replica writes for the others: batches of frames, heartbeats, and the end.
+
+Nothing here is on the way of a token to its caller. One task a process sends what is due of all flights in one go, so
+that commands to the store do not grow with tokens.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import orjson
+
+from gateway.core.recording import Recording
+from gateway.errors import GatewayError, StoreError, StoreFenced, StoreUnavailable, told
+from gateway.flight import Complete, Failed, Flight, Outcome
+from gateway.ports import Appended, Batch, FlightId, LogName, Store, Writer
+
+log = logging.getLogger(__name__)
+
+# How long frames may wait to be appended. Where another replica reads along, a frame reaches it within the short time;
+# where none does, the log serves only those who come later, and fewer, larger batches do as well.
+_HEARD_S = 0.01
+_UNHEARD_S = 0.1
+_AGAIN_S = 0.5
+_HEARTBEATS_PER_LEASE = 4
+_BATCH_BYTES = 1_048_576
+# A log that is written anew again and again is one that the store cannot keep.
+_MAX_ROUNDS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How long a lease holds without a sign of life, and how much of a flight is kept."""
+
+    lease_s: float = 5.0
+    max_flight_bytes: int = 33_554_432
+
+
+class Shared:
+    """A flight's log as this replica writes it. A follower of the flight, since what is not yet shared must not go."""
+
+    def __init__(
+        self, flight: Flight, name: LogName, writer: Writer, *, request: Callable[[], bytes], joinable: bool
+    ) -> None:
+        self.flight = flight
+        self.name = name
+        self.writer = writer
+        self.on_fenced: Callable[[], object] = lambda: None
+        self.at = flight.count
+        """How many frames the log holds."""
+        self.due_s = 0.0
+        self.sent_s = 0.0
+        self.listeners = 0
+        """Readers in other replicas."""
+        self.fenced = False
+        self.cut_short = False
+        """Whether the last batch had no room for all that was pending."""
+        self._request = request
+        self._joinable = joinable
+        flight.followers.add(self)
+
+    def cut(self, error: GatewayError) -> None:  # noqa: ARG002  # whatever it is, the log cannot go on without a gap
+        self._fence()
+
+    @property
+    def pending(self) -> bool:
+        return self.at < self.flight.count
+
+    def batch(self) -> Batch:
+        """What is to be appended next."""
+        flight = self.flight
+        start = self.at - flight.base
+        frames, size = [], 0
+        for frame in flight.frames[start:]:
+            frames.append(frame)
+            size += len(frame.full)
+            if size >= _BATCH_BYTES:
+                break
+        self.cut_short = len(frames) < len(flight.frames) - start
+        return Batch(
+            log=self.name,
+            writer=self.writer,
+            first=self.at,
+            frames=[frame.full for frame in frames],
+            at_us=[frame.at_us for frame in frames],
+            head=self._head(),
+            request=self._request() if self.at == 0 else b"",
+            joinable=self._joinable and not flight.overflowed,
+            readers=flight.readers,
+            trim_to=flight.base,
+        )
+
+    def _head(self) -> bytes:
+        flight = self.flight
+        if flight.headers is None:
+            return b""
+        head = {
+            "api": flight.api.name,
+            "headers": dict(flight.headers),
+            "started_at": flight.started_at,
+            "streamed": flight.streamed,
+            "runs": flight.runs,
+        }
+        return orjson.dumps(head)
+
+    def take(self, result: Appended | StoreError) -> None:
+        """Learns what became of a batch. A log that has lost frames is written anew from there."""
+        if isinstance(result, StoreFenced):
+            self._fence()
+        elif isinstance(result, Appended):
+            self.cut_short = self.cut_short or result.count < self.at
+            self.listeners = result.listeners
+            if self.flight.base <= result.count <= self.flight.count:
+                self.at = result.count
+            else:
+                self._fence()
+            self.flight.cancel(result.cancelled)
+
+    def _fence(self) -> None:
+        """Writes no more."""
+        self.fenced = True
+        self.flight.followers.discard(self)
+        self.on_fenced()
+
+
+class Sharing:
+    """The logs that this replica writes."""
+
+    def __init__(self, store: Store, terms: Terms) -> None:
+        self._store = store
+        self._heartbeat_s = terms.lease_s / _HEARTBEATS_PER_LEASE
+        self._shared: dict[FlightId, Shared] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._woken = asyncio.Event()
+        self._sleeps_until_s = 0.0
+        store.on_cancelled(self._on_cancelled)
+
+    def writer(self, run: str) -> Writer:
+        return Writer(self._store.replica, run)
+
+    def begin(self, flight: Flight, name: LogName, *, request: Callable[[], bytes], joinable: bool) -> Shared:
+        """From now on the flight's log is written, by this replica's run of it."""
+        shared = Shared(flight, name, self.writer(flight.run), request=request, joinable=joinable)
+        shared.on_fenced = partial(self._forget, shared)
+        self._shared[name.flight] = shared
+        self._hurry(shared, 0.0)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+        return shared
+
+    def grown(self, shared: Shared) -> None:
+        """The flight has a head, or more frames."""
+        if not shared.fenced:
+            self._hurry(shared, shared.sent_s + (_HEARD_S if shared.listeners else _UNHEARD_S))
+
+    async def check(self, shared: Shared) -> None:
+        """Asks at once how many listeners there are, and who was cancelled."""
+        if not shared.fenced:
+            self._learn(shared, (await self._append([shared]))[0])
+
+    async def finish(self, shared: Shared, outcome: Outcome, recording: Recording | None = None) -> None:
+        """Ends the log, with all frames in it; together with its recording, if there is one. Raises `StoreError`."""
+        self._forget(shared)
+        try:
+            await self._append_rest(shared, certain=recording is None)
+            name, writer, end = shared.name, shared.writer, _ended(outcome)
+            if recording:
+                await self._store.store(name.key, recording, ends=name, writer=writer, end=end)
+            else:
+                body = shared.flight.whole() if isinstance(outcome, Complete) and not shared.flight.streamed else b""
+                await self._store.end(name, writer, end, body=body)
+        finally:
+            shared.flight.followers.discard(shared)
+
+    async def release(self, shared: Shared) -> None:
+        """Leaves a log that has not ended to whoever still reads it. Raises `StoreError`."""
+        self._forget(shared)
+        try:
+            await self._append_rest(shared, certain=True)
+            await self._store.release(shared.name, shared.writer)
+        finally:
+            shared.flight.followers.discard(shared)
+
+    async def close(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def _forget(self, shared: Shared) -> None:
+        if self._shared.get(shared.name.flight) is shared:
+            del self._shared[shared.name.flight]
+
+    async def _append_rest(self, shared: Shared, *, certain: bool) -> None:
+        """All frames are in the log after it; ``certain``: even if it was lost meanwhile, since nothing else has them."""
+        asked = bool(shared.sent_s) and not certain
+        for _ in range(_MAX_ROUNDS):
+            if shared.fenced:
+                raise StoreFenced("the log has another writer")
+            if not shared.pending and asked:
+                return
+            (result,) = await self._append([shared])
+            if isinstance(result, StoreError):
+                raise result
+            shared.take(result)
+            asked = True
+        raise StoreUnavailable("the log is lost as fast as it is written")
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._send_what_is_due()
+            except Exception:  # a bug of ours: without heartbeats every flight of this replica would be taken over
+                log.exception("the shared logs could not be written")
+                await asyncio.sleep(_AGAIN_S)
+
+    async def _send_what_is_due(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        due = [shared for shared in self._shared.values() if shared.due_s <= now_s]
+        if due:
+            for shared, result in zip(due, await self._append(due), strict=True):
+                self._learn(shared, result)
+            return
+        self._sleeps_until_s = min((shared.due_s for shared in self._shared.values()), default=float("inf"))
+        await self._sleep(self._sleeps_until_s - now_s)
+
+    async def _sleep(self, seconds: float) -> None:
+        self._woken.clear()
+        timer = None
+        if seconds != float("inf"):
+            timer = asyncio.get_running_loop().call_later(seconds, self._woken.set)
+        try:
+            await self._woken.wait()
+        finally:
+            if timer:
+                timer.cancel()
+
+    async def _append(self, due: Sequence[Shared]) -> list[Appended | StoreError]:
+        try:
+            return await self._store.append([shared.batch() for shared in due])
+        except StoreError as error:
+            return [error] * len(due)
+
+    def _learn(self, shared: Shared, result: Appended | StoreError) -> None:
+        if self._shared.get(shared.name.flight) is not shared:
+            return  # it was finished meanwhile
+        shared.take(result)
+        now_s = asyncio.get_running_loop().time()
+        if shared.fenced:
+            log.debug("another replica has taken over %r", shared.flight)
+        elif isinstance(result, StoreError):
+            shared.due_s = now_s + _AGAIN_S
+        else:
+            shared.sent_s = now_s
+            shared.due_s = now_s + self._heartbeat_s
+            if shared.cut_short:
+                self._hurry(shared, now_s)
+            elif shared.pending:
+                self.grown(shared)
+        if isinstance(result, Appended) and result.cancelled and not shared.flight.readers:
+            shared.flight.on_unread()
+
+    def _hurry(self, shared: Shared, due_s: float) -> None:
+        if due_s < shared.due_s or not shared.sent_s:
+            shared.due_s = due_s
+        if due_s < self._sleeps_until_s:
+            self._woken.set()
+
+    def _on_cancelled(self, flight: FlightId) -> None:
+        if shared := self._shared.get(flight):
+            self._hurry(shared, 0.0)
+
+
+def _ended(outcome: Outcome) -> bytes:
+    if isinstance(outcome, Complete):
+        return orjson.dumps({"outcome": "complete"})
+    kind = "failed" if isinstance(outcome, Failed) else "abandoned"
+    return orjson.dumps({"outcome": kind, **told(outcome.error)})
