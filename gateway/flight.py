@@ -102,6 +102,8 @@ class Flight:
         """Whether it has become larger than it may: it takes no more readers, and is not stored."""
         self.cancelled: set[str] = set()
         """The readers that were cancelled for good."""
+        self.dismissed = False
+        """Whether the last reader has not just gone, but was cancelled."""
         self.base = 0
         """The index of the first frame that is still there."""
         self.hidden_before_base = 0
@@ -110,7 +112,7 @@ class Flight:
         self.readers = 0
         self.on_unread: Callable[[], object] = lambda: None
         """Called when the last reader has gone."""
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._dropped_bytes = 0
         self._assembler = api.assembler() if assemble else None
         self.recorder = Recorder(self._assembler)
@@ -248,7 +250,7 @@ class Flight:
             settle(waiter, True)
 
     def whole(self) -> bytes:
-        """The assembled answer of a flight that has ended; raises its error."""
+        """The assembled answer of a flight that has ended, or become too large; raises its error."""
         if self.error:
             raise self.error
         if self._whole is None:
@@ -271,7 +273,12 @@ class Flight:
     def leave(self, reader: Follower) -> None:
         self.readers -= 1
         self.followers.discard(reader)
+        self.check_readers(dismissed=getattr(reader, "nonce", None) in self.cancelled)
+
+    def check_readers(self, *, dismissed: bool) -> None:
+        """Tells where nobody reads any longer; ``dismissed``: because the last reader was cancelled."""
         if self.readers == 0 and self.outcome is None:
+            self.dismissed = dismissed
             self.on_unread()
 
     def cancel(self, readers: Iterable[str]) -> None:
@@ -284,9 +291,10 @@ class Flight:
             if getattr(follower, "nonce", None) in new:
                 follower.cut(StreamCancelled("The stream was cancelled."))
         self.wake()
+        self.check_readers(dismissed=True)
 
     def _grew(self) -> None:
-        if self.recorder.size_bytes - self._dropped_bytes > self._max_bytes:
+        if self.recorder.size_bytes - self._dropped_bytes > self.max_bytes:
             self._make_room()
         self.wake()
 
@@ -297,12 +305,12 @@ class Flight:
         self.recorder.stop_assembling()
         self._assembler = None
         self._drop(min((follower.at for follower in self.followers), default=self.count))
-        keep_from, excess = self.base, self.recorder.size_bytes - self._dropped_bytes - self._max_bytes
+        keep_from, excess = self.base, self.recorder.size_bytes - self._dropped_bytes - self.max_bytes
         while excess > 0:
             excess -= len(self.frames[keep_from - self.base].full)
             keep_from += 1
         for follower in [follower for follower in self.followers if follower.at < keep_from]:
-            follower.cut(ReaderTooSlow(f"The stream is more than {self._max_bytes} bytes ahead of its reader."))
+            follower.cut(ReaderTooSlow(f"The stream is more than {self.max_bytes} bytes ahead of its reader."))
         self._drop(keep_from)
 
     def _drop(self, before: int) -> None:

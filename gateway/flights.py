@@ -111,11 +111,6 @@ class Flights:
         shared = self._shared.get(flight)
         return shared.listeners if shared else 0
 
-    def check(self, flight: Flight) -> None:
-        """A reader was cancelled: where none is left, the flight ends."""
-        if flight.readers == 0 and flight.outcome is None:
-            flight.on_unread()
-
     async def close(self) -> None:
         """Ends every flight: its readers are told that the gateway is shutting down, other replicas that they may go on."""
         tasks = [*self._tasks.values(), *self._checks.values()]
@@ -260,14 +255,14 @@ class Flights:
     # Where nobody reads
 
     def _unread(self, flight: Flight, plan: Plan | None) -> None:
-        if flight.cancelled:
-            if flight not in self._checks:
-                self._checks[flight] = task = asyncio.get_running_loop().create_task(self._end_if_unheard(flight))
-                task.add_done_callback(lambda _: self._checks.pop(flight))
+        if flight.dismissed:
+            self._check(flight, plan)
         elif flight not in self._graces and not self._worth_finishing(flight, plan):
             self._wait(flight, plan, self._rules.abandon_grace_s if flight.name else 0.0)
 
     def _wait(self, flight: Flight, plan: Plan | None, grace_s: float) -> None:
+        if flight in self._graces:
+            self._graces[flight].cancel()
         timer = asyncio.get_running_loop().call_later(grace_s, self._still_unread, flight, plan)
         self._graces[flight] = timer
 
@@ -282,15 +277,23 @@ class Flights:
         del self._graces[flight]
         if flight.readers or flight.outcome or self._worth_finishing(flight, plan):
             return
-        if self.listeners(flight):
-            self._wait(flight, plan, max(self._rules.abandon_grace_s, self._rules.terms.lease_s))
-        else:
-            self._end(flight, _abandoned())
+        self._check(flight, plan)
 
-    async def _end_if_unheard(self, flight: Flight) -> None:
+    def _check(self, flight: Flight, plan: Plan | None) -> None:
+        if flight not in self._checks:
+            self._checks[flight] = task = asyncio.get_running_loop().create_task(self._end_if_unheard(flight, plan))
+            task.add_done_callback(lambda _: self._checks.pop(flight))
+
+    async def _end_if_unheard(self, flight: Flight, plan: Plan | None) -> None:
+        """Ends it, unless somebody reads it in another replica: then that is looked at again."""
         if shared := self._shared.get(flight):
             await self._sharing.check(shared)
-        if not (flight.readers or flight.outcome or self.listeners(flight)):
+        if flight.readers or flight.outcome:
+            return
+        if self.listeners(flight):
+            flight.dismissed = False
+            self._wait(flight, plan, max(self._rules.abandon_grace_s, self._rules.terms.lease_s))
+        else:
             self._end(flight, _abandoned())
 
     def _end(self, flight: Flight, outcome: Outcome) -> None:

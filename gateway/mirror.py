@@ -56,11 +56,9 @@ class Mirror:
 
     async def leave(self) -> None:
         """Reads the log no longer; if a reader was cancelled, the writer has to know that none is left."""
-        if self._end:
-            return
         try:
             await self._store.read(self._name, self._cursor, readers=0)
-            for reader in self._flight.cancelled:
+            for reader in () if self._end else self._flight.cancelled:
                 await self._store.cancel(self._name, reader)
         except StoreError as error:
             log.debug("%r is left without a word: %s", self._flight, error)

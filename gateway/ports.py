@@ -298,8 +298,10 @@ class Store(Protocol):
 
     def stop_listening(self, flight: FlightId, ring: Callable[[], object]) -> None: ...
 
-    def on_cancelled(self, told: Callable[[FlightId], object]) -> None:
-        """Has ``told`` called when a reader of a log was cancelled that a writer of this replica holds."""
+    def on_called(self, told: Callable[[FlightId], object]) -> None:
+        """Has ``told`` called when a log that this replica writes wants looking at: a reader was cancelled, or the first one
+        has come in another replica.
+        """
         ...
 
     async def close(self) -> None: ...

@@ -112,7 +112,7 @@ class FlightReader(_Ending):
 
     def take(self) -> bytes:
         """What has come since the last call, or a piece of it; empty if there is nothing."""
-        if self._error or self._seeks():
+        if self._seeks() or self._error:  # in this order: who seeks may find an error
             return b""
         data, self._rest = self._rest, b""
         flight = self.flight
@@ -143,10 +143,11 @@ class FlightReader(_Ending):
     def _seeks(self) -> bool:
         """Whether it is still unknown where in the log the cursor stands."""
         place = self._place
-        if place is None:
+        if place is None or self._error:
             return False
         try:
             if not place.find():
+                self.at = place.at
                 return True
         except GatewayError as error:
             self.cut(error)
@@ -186,7 +187,7 @@ class FlightReader(_Ending):
         """The assembled answer, once it is complete. Raises the flight's error."""
         while self.flight.outcome is None and self._error is None:
             await self.flight.changed()
-        if self._error:
+        if self._error and not self.flight.overflowed:
             raise self._error
         return self.flight.whole()
 
@@ -212,7 +213,7 @@ class _Place:
         self._run = run
         self._usage = usage
         self._skip: Skip | None = None
-        self.at = 0
+        self.at = flight.base
         self.number = 0
         """Of the last event that the caller has."""
         self.over = False
@@ -221,7 +222,7 @@ class _Place:
 
     def find(self) -> bool:
         """Whether it is found. Raises `StreamDiverged`, `StreamLost`, and `InvalidRequest` where it is beyond the end."""
-        if not self._is_numbered():
+        if self._skip or not self._is_numbered():
             return self._find_by_content()
         if self._find_by_number():
             return self._is_verified() or self._find_by_content()
@@ -263,16 +264,17 @@ class _Place:
                 self.at, self.number = flight.base + place, number
                 return True
             number += self._usage or not frame.about_usage
-        self.at, self.number, self.over = flight.count, after, after == number + 1
         if after > number and flight.outcome is None:
+            self.at = flight.count  # of what has come, nothing is needed
             return False
         if after > number + 1:
             raise InvalidRequest("The cursor is behind the end of the stream.", param="after")
+        self.at, self.number, self.over = flight.count, after, after > number
         return True
 
     def _find_by_content(self) -> bool:
         flight = self._flight
-        if flight.base:
+        if flight.base > (self.at if self._skip else 0):
             raise StreamLost("What comes next was too long ago: it is no longer kept.")
         if not self._cursor.position:
             raise StreamDiverged(
@@ -283,7 +285,7 @@ class _Place:
             self.at, self.number, self.over = 0, 0, False
         try:
             while not self._skip.reached and self.at < flight.count:
-                frame = flight.frames[self.at]
+                frame = flight.frames[self.at - flight.base]
                 self.rest = self._skip.feed(parse_chunk(frame.payload))
                 self.at += 1
                 self.number += self._usage or not frame.about_usage

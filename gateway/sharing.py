@@ -6,6 +6,7 @@ that commands to the store do not grow with tokens.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,12 @@ class Shared:
         self.sent_s = 0.0
         self.listeners = 0
         """Readers in other replicas."""
+        self.called = False
+        """Whether another replica has asked to look at the log."""
         self.fenced = False
+        self._sent: deque[tuple[int, int]] = deque()
+        """The batches in the log: how many frames it had after each, and how many bytes had been appended by then."""
+        self._sent_bytes = self._batch_bytes = 0
         self.cut_short = False
         """Whether the last batch had no room for all that was pending."""
         self._request = request
@@ -79,6 +85,7 @@ class Shared:
             if size >= _BATCH_BYTES:
                 break
         self.cut_short = len(frames) < len(flight.frames) - start
+        self._batch_bytes = size
         return Batch(
             log=self.name,
             writer=self.writer,
@@ -89,7 +96,7 @@ class Shared:
             request=self._request() if self.at == 0 else b"",
             joinable=self._joinable and not flight.overflowed,
             readers=flight.readers,
-            trim_to=flight.base,
+            trim_to=self._trim_to(),
         )
 
     def _head(self) -> bytes:
@@ -113,10 +120,30 @@ class Shared:
             self.cut_short = self.cut_short or result.count < self.at
             self.listeners = result.listeners
             if self.flight.base <= result.count <= self.flight.count:
-                self.at = result.count
+                self._moved_to(result.count)
             else:
                 self._fence()
             self.flight.cancel(result.cancelled)
+
+    def _moved_to(self, count: int) -> None:
+        if count < self.at:
+            self._sent.clear()
+        elif count > self.at:
+            self._sent_bytes += self._batch_bytes
+            self._sent.append((count, self._sent_bytes))
+        self.at = count
+
+    def _trim_to(self) -> int:
+        """The index before which the log of a flight that has become too large can do without its frames.
+
+        Its readers in other replicas may lag as far as those here.
+        """
+        if not self.flight.overflowed:
+            return 0
+        trim_to = 0
+        while len(self._sent) > 1 and self._sent_bytes - self._sent[0][1] > self.flight.max_bytes:
+            trim_to, _ = self._sent.popleft()
+        return trim_to
 
     def _fence(self) -> None:
         """Writes no more."""
@@ -135,7 +162,7 @@ class Sharing:
         self._task: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
         self._sleeps_until_s = 0.0
-        store.on_cancelled(self._on_cancelled)
+        store.on_called(self._on_called)
 
     def writer(self, run: str) -> Writer:
         return Writer(self._store.replica, run)
@@ -259,8 +286,10 @@ class Sharing:
                 self._hurry(shared, now_s)
             elif shared.pending:
                 self.grown(shared)
-        if isinstance(result, Appended) and result.cancelled and not shared.flight.readers:
-            shared.flight.on_unread()
+        if isinstance(result, Appended) and shared.called:
+            shared.called = False
+            if result.cancelled and not result.listeners:
+                shared.flight.check_readers(dismissed=True)
 
     def _hurry(self, shared: Shared, due_s: float) -> None:
         if due_s < shared.due_s or not shared.sent_s:
@@ -268,8 +297,9 @@ class Sharing:
         if due_s < self._sleeps_until_s:
             self._woken.set()
 
-    def _on_cancelled(self, flight: FlightId) -> None:
+    def _on_called(self, flight: FlightId) -> None:
         if shared := self._shared.get(flight):
+            shared.called = True
             self._hurry(shared, 0.0)
 
 

@@ -76,7 +76,6 @@ class Streams:
                 raise StoreAway("The store cannot be reached, so the stream cannot be cancelled now.") from None
         if flight:
             flight.cancel([nonce])
-            self._flights.check(flight)
         for replay in [replay for replay in self._service.replays if replay.nonce == nonce]:
             replay.cut(StreamCancelled("The stream was cancelled."))
 
@@ -96,7 +95,7 @@ class Streams:
     async def _status_elsewhere(self, stream: StreamId, name: LogName) -> dict[str, Any]:
         peeked = await self._peek(name)
         cancelled = stream.nonce.hex() in peeked.cancelled
-        if stream.kind == "flight" and peeked.log:
+        if stream.kind == "flight" and (peeked.log or peeked.lease_s):
             started_at = orjson.loads(peeked.head)["started_at"] if peeked.head else self._clock.now()
             end = orjson.loads(peeked.end) if peeked.end else {}
             state = end.get("outcome") or ("running" if peeked.lease_s else "orphaned")
@@ -118,15 +117,19 @@ class Streams:
 
     async def _flight(self, stream: StreamId, name: LogName, headers: Mapping[str, str]) -> Flight | None:
         """The flight, as this replica has it, or can read it; None where this reader was cancelled."""
-        if known := self._flights.named(name, stream.run):
-            return known
-        peeked = await self._peek(name)
+        known = self._flights.named(name, stream.run)
+        try:
+            peeked = await self._peek(name)
+        except StoreAway:
+            if known:
+                return known
+            raise
         if stream.nonce.hex() in peeked.cancelled:
             return None
-        if known := self._flights.named(name, stream.run):
+        if known := known or self._flights.named(name, stream.run):
             return known
         api = APIS[stream.api]
-        if peeked.log:
+        if peeked.log or peeked.lease_s:
             return self._flights.follow(api, name, partial(self._plan, peeked.request, name, headers))
         if peeked.recording:
             return self._flights.replay(api, name, await self._recording(name))

@@ -183,7 +183,7 @@ class FakeStore:
             del self.now[batch.log.key]
         if log.count == batch.first:
             log.request = log.request or batch.request
-            if batch.head and not log.entries:
+            if batch.head and not log.count and not log.last.head:
                 log.write(batch.writer, Entry(0, head=batch.head))
             if batch.frames:
                 entry = Entry(batch.first + len(batch.frames), tuple(batch.frames), tuple(batch.at_us))
@@ -217,12 +217,13 @@ class FakeStore:
     async def take_over(self, log: LogName, writer: Writer, *, joinable: bool) -> bool:
         self._check()
         found = self.logs.setdefault(log, FakeLog())
-        if found.owner or found.ended or not found.entries:
+        if found.owner or found.ended:
             return found.owner == str(writer)
         found.owner = str(writer)
         if joinable:
             self.now.setdefault(log.key, log.flight)
-        found.write(writer, Entry(found.count, run=writer.run))
+        if found.entries:
+            found.write(writer, Entry(found.count, run=writer.run))
         self.ring(log.flight)
         return True
 
@@ -230,8 +231,7 @@ class FakeStore:
         self._check()
         found = self.logs[log]
         if found.owner == str(writer):
-            if found.entries:
-                found.write(writer, Entry(found.count, released=True))
+            found.write(writer, Entry(found.count, released=True))
             self.expire(log)
 
     async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"") -> None:
@@ -282,7 +282,7 @@ class FakeStore:
         if ring in self.rings.get(flight, []):
             self.rings[flight].remove(ring)
 
-    def on_cancelled(self, told: Callable[[FlightId], object]) -> None:
+    def on_called(self, told: Callable[[FlightId], object]) -> None:
         self.told[self.replica] = told
 
     async def close(self) -> None:

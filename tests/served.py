@@ -14,13 +14,18 @@ PROGRAM = (sys.executable, "-m", "gateway")
 
 
 class Served:
-    """``gateway serve`` in ``directory``, started and announced."""
+    """``gateway serve`` in ``directory``, started and announced; without ``wait`` it has yet to `announce` itself."""
 
-    def __init__(self, directory: Path, *arguments: str, **environ: str) -> None:
+    def __init__(self, directory: Path, *arguments: str, wait: bool = True, **environ: str) -> None:
         environ = {"PATH": os.environ["PATH"], "HOME": str(directory), "TMPDIR": str(directory), **environ}
         command = [*PROGRAM, "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, cwd=directory, env=environ, stderr=subprocess.PIPE, text=True)
         self.said = ""
+        if wait:
+            self.announce()
+
+    def announce(self) -> None:
+        """Waits until it listens, and learns where."""
         assert self.process.stderr
         for line in self.process.stderr:
             self.said += line

@@ -102,7 +102,7 @@ async def test_stores_that_know_other_nodes_agree_on_the_secret(shared_nodes, op
 async def test_the_bell_rings_for_logs_on_all_nodes(shared_nodes, open_store):
     writes, listens = await open_store(shared_nodes, 0, prefix="bell"), await open_store(shared_nodes, 1, prefix="bell")
     writer, rung, told = Writer(writes.replica, "00000001"), [], []
-    writes.on_cancelled(told.append)
+    writes.on_called(told.append)
     logs = [next(log for log in LOGS if node_of(f"bell:{{{log.key}}}:rec") == number) for number in range(3)]
     await listens.listen(LOG.flight, lambda: rung.append(None))
     for number, log in enumerate(logs):

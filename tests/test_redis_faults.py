@@ -620,7 +620,7 @@ async def rings_for_an_append(store: RedisStore, ears: Ears, log: LogName = LOG)
 async def test_the_bell_is_heard_again_after_an_outage(own_redis, open_store, caplog, monkeypatch, fail, mend):
     monkeypatch.setattr("gateway.store.bell._PING_EVERY_S", 0.1)
     store, told = await open_store(own_redis.url, connect_timeout_s=0.3), []
-    store.on_cancelled(told.append)
+    store.on_called(told.append)
     ears, others = Ears(), Ears()
     await store.listen(LOG.flight, ears.ring)
     await store.listen(OTHER_LOG.flight, others.ring)

@@ -572,11 +572,13 @@ async def test_a_log_that_is_given_up_can_be_taken_over_at_once(backend):
     assert kinds(await two.read(LOG, page.cursor, readers=1)) == ["00000001"]
 
 
-async def test_who_claimed_and_wrote_nothing_gives_up_without_a_trace(backend):
+async def test_who_claimed_and_wrote_nothing_tells_that_it_gives_up(backend):
     store = await backend.store()
     await store.claim(LOG, writer_of(store))
     await store.release(LOG, writer_of(store))
-    assert await everything(store) == Page((), LOG_START, exists=False, lease_s=0)
+    page = await everything(store)
+    assert (kinds(page), page.lease_s) == (["released"], 0)
+    assert await backend.raw.pttl(backend.key("log", LOG)) > 0
     assert await store.claim(OTHER_LOG, writer_of(store)) == LEADS
 
 
@@ -859,8 +861,8 @@ async def test_who_is_cancelled_while_the_bell_is_not_yet_heard_listens_no_more(
 async def test_the_writer_of_a_log_is_told_who_was_cancelled(backend):
     one, two = await backend.store(), await backend.store()
     told: dict[str, list[FlightId]] = {"one": [], "two": []}
-    one.on_cancelled(told["one"].append)
-    two.on_cancelled(told["two"].append)
+    one.on_called(told["one"].append)
+    two.on_called(told["two"].append)
     ears, writer = Ears(), writer_of(one)
     await two.listen(OTHER_LOG.flight, ears.ring)
     await append(one, batch(writer, 0, "ab"))

@@ -384,7 +384,7 @@ class _Shown:
     def _take_mark(self, leaf: _Leaf) -> int:
         shown = self._marks.get(leaf.channel)
         if shown is None:
-            return 0
+            return len(leaf.text) if self._is_finished else 0
         if leaf.is_unnumbered_id:
             leaf.holder[leaf.name] = shown
         return len(leaf.text)

@@ -82,7 +82,7 @@ class Bell:
             await asyncio.gather(self._task, return_exceptions=True)
         self._lose()
 
-    def on_cancelled(self, told: Told) -> None:
+    def on_called(self, told: Told) -> None:
         self._told.append(told)
 
     async def listen(self, flight: FlightId, ring: Ring) -> None:

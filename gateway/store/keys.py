@@ -21,14 +21,14 @@ twice is refused, and a cursor keeps its meaning where a lost log is written ane
 
 | entry     | has                                                                                                |
 |-----------|----------------------------------------------------------------------------------------------------|
-| head      | `h`; always `0-1`                                                                                  |
+| head      | `h`; before any frame                                                                              |
 | batch     | `d` frames, an empty line ends each; `t` their arrivals (µs, 8 bytes each, little-endian)          |
 | take-over | `run`                                                                                              |
 | release   | `rel`                                                                                              |
 | end       | `end`, and `body` where the upstream did not stream; it is the last one                            |
 
-Channels: `gw:bell:F` rings when a log has grown or a reader was cancelled, `gw:bell:{replica}` tells a replica of which
-flight of its a reader was cancelled. A ring that is lost, or not allowed, costs only time.
+Channels: `gw:bell:F` rings when a log has grown or a reader was cancelled, `gw:bell:{replica}` tells a replica of
+which flight of its a reader was cancelled, or has come elsewhere. A ring that is lost, or not allowed, costs only time.
 """
 
 from gateway.core.key import CacheKey

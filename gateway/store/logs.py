@@ -54,7 +54,8 @@ class Logs:
     async def read(self, log: LogName, cursor: str, *, readers: int) -> Page:
         """The entries after the cursor."""
         keys = [self._keys.log(log), self._keys.lease(log), self._keys.readers(log), self._keys.cancelled(log)]
-        command = scripts.READ.call(keys, cursor, self.replica, readers, self._readers_ms, _PAGE_ENTRIES, _PAGE_BYTES)
+        limits = (self._readers_ms, _PAGE_ENTRIES, _PAGE_BYTES)
+        command = scripts.READ.call(keys, cursor, self.replica, readers, *limits, log.flight, self._keys.bells)
         entries, exists, lease_ms, owner, more, cancelled = await self._server.run(command, "steady")
         return Page(
             entries=tuple(_entry(id_, fields) for id_, fields in entries),
@@ -82,7 +83,7 @@ class Logs:
 
     async def release(self, log: LogName, writer: Writer) -> None:
         """Gives a log up that has not ended."""
-        args = (log.flight, str(writer), self._keys.bell(log.flight))
+        args = (log.flight, str(writer), self._keys.bell(log.flight), self._resume_ms)
         await self._server.write(scripts.RELEASE.call(self._ownership(log), *args))
 
     async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"") -> None:
@@ -122,9 +123,9 @@ class Logs:
     def stop_listening(self, flight: FlightId, ring: Callable[[], object]) -> None:
         self._bell.stop_listening(flight, ring)
 
-    def on_cancelled(self, told: Callable[[FlightId], object]) -> None:
-        """Has ``told`` called when a reader of a log was cancelled that a writer of this replica holds."""
-        self._bell.on_cancelled(told)
+    def on_called(self, told: Callable[[FlightId], object]) -> None:
+        """Has ``told`` called when a log that this replica writes wants looking at."""
+        self._bell.on_called(told)
 
     def _ownership(self, log: LogName) -> list[str]:
         """The keys that say whose a log is."""

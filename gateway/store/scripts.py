@@ -72,6 +72,13 @@ local function tell_readers(readers, replica, count, life_ms)
   end
 end
 
+-- Tells the replica that writes a log that it should look at it.
+local function call_writer(lease, prefix, flight)
+  local owner = redis.call('GET', lease)
+  local replica = owner and string.match(owner, '^(.*)%.[^.]*$')
+  if replica then redis.pcall('PUBLISH', prefix .. replica, flight) end
+end
+
 local function ring(channel) redis.pcall('PUBLISH', channel, '') end
 
 local function finish(log, lease, now, last, flight, writer, ending, body, life_ms)
@@ -113,8 +120,9 @@ local last = last_of(log)
 if fenced(lease, last, writer) then return -1 end
 local held, grown = last.count, false
 if held == first then
-  if head ~= '' and not last.exists then
-    redis.call('XADD', log, '0-1', 'h', head, 'w', writer)
+  -- Who takes over before there is a frame tells its own head, after another's mark, release or head.
+  if head ~= '' and held == 0 and not last._h then
+    redis.call('XADD', log, id(0, last.seq + 1), 'h', head, 'w', writer)
     grown = true
   end
   if count > first then
@@ -142,7 +150,7 @@ _READ = (
     _COMMON
     + """
 local log, lease, readers, cancelled = unpack(KEYS)
-local cursor, replica, own_readers, readers_ms, most_entries, most_bytes = unpack(ARGV)
+local cursor, replica, own_readers, readers_ms, most_entries, most_bytes, flight, prefix = unpack(ARGV)
 local entries, size, more, step = {}, 0, false, 16
 local from = '(' .. cursor
 repeat
@@ -162,6 +170,8 @@ if #entries == 0 and not owner then
   local last = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
   if last and last[2][1] == 'end' and last[1] ~= cursor then entries[1] = last end
 end
+-- Where nobody listened, the writer takes its time with what it appends.
+if own_readers ~= '0' and redis.call('HEXISTS', readers, replica) == 0 then call_writer(lease, prefix, flight) end
 tell_readers(readers, replica, own_readers, readers_ms)
 return {entries, redis.call('EXISTS', log), redis.call('PTTL', lease), owner or '', more and 1 or 0,
   redis.call('SMEMBERS', cancelled)}
@@ -191,10 +201,11 @@ _RELEASE = (
     _COMMON
     + """
 local lease, log, now = unpack(KEYS)
-local flight, writer, channel = unpack(ARGV)
+local flight, writer, channel, log_ms = unpack(ARGV)
 if redis.call('GET', lease) ~= writer then return 0 end
 local last = last_of(log)
-if last.exists then redis.pcall('XADD', log, id(last.count, last.seq + 1), 'rel', '1', 'w', writer) end
+redis.pcall('XADD', log, id(last.count, last.seq + 1), 'rel', '1', 'w', writer)
+redis.call('PEXPIRE', log, log_ms)
 redis.call('DEL', lease)
 let_go(now, flight)
 ring(channel)
@@ -259,8 +270,10 @@ _PEEK = (
     _COMMON
     + """
 local log, lease, rec, replaced, request, readers, cancelled = unpack(KEYS)
-local last, first = last_of(log), redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
-local head = first and first[2][1] == 'h' and first[2][2] or ''
+local last, head = last_of(log), ''
+for _, entry in ipairs(redis.call('XRANGE', log, '0', '0')) do
+  if entry[2][1] == 'h' then head = entry[2][2] end
+end
 local recorded = redis.pcall('HGET', rec, 'flight') == ARGV[1] or redis.call('EXISTS', replaced) == 1
 return {last.exists and 1 or 0, last.count, head, last._end or '', redis.call('PTTL', lease), recorded and 1 or 0,
   redis.call('GET', request) or '', redis.call('SMEMBERS', cancelled), others(readers, '')}
@@ -273,17 +286,18 @@ local from = redis.pcall('HGET', rec, 'flight') == ARGV[1] and rec or replaced
 return redis.call('HMGET', from, unpack(ARGV, 2))
 """
 
-_CANCEL = """
+_CANCEL = (
+    _COMMON
+    + """
 local cancelled, lease = unpack(KEYS)
 local reader, flight, prefix, life_ms = unpack(ARGV)
 redis.call('SADD', cancelled, reader)
 redis.call('PEXPIRE', cancelled, life_ms)
 redis.pcall('PUBLISH', prefix .. flight, '')
-local owner = redis.call('GET', lease)
-local replica = owner and string.match(owner, '^(.*)%.[^.]*$')
-if replica then redis.pcall('PUBLISH', prefix .. replica, flight) end
+call_writer(lease, prefix, flight)
 return 1
 """
+)
 
 
 class Script:
