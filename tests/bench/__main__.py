@@ -1,4 +1,4 @@
-"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json]`.
+"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json] [--only servers|flights]`.
 
 The service in one process alone on one core, beside a bare comparator that does the same work with aiohttp and
 redis-py and nothing else; Redis, the upstream and the load generator on another. Only the ratios mean something:
@@ -11,12 +11,16 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal, get_args
 
 import orjson
 from figures import QUICK, Extent, Figures, fresh_process, one_round
+from flights import flights
 from processes import BenchFailed, Cores
-from stage import stage
+from stage import Stage, stage
 from table import markdown
+
+Part = Literal["servers", "flights"]
 
 
 def main() -> int:
@@ -24,7 +28,7 @@ def main() -> int:
     extent = QUICK if options.quick else Extent()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        measurements = _measure(extent)
+        measurements = _measure(extent, options.only)
     except BenchFailed as error:
         _say(f"failed: {error}")
         return 1
@@ -41,24 +45,35 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tests/bench", description="Measures the gateway beside a bare aiohttp server.")
     parser.add_argument("--quick", action="store_true", help="a smoke run of some seconds: its numbers mean nothing")
     parser.add_argument("--json", action="store_true", help="all that was measured, instead of the table")
+    parser.add_argument("--only", choices=get_args(Part), help="the part that has a comparator, or that of shared answers")
     return parser
 
 
-def _measure(extent: Extent) -> list[Figures]:
-    """One entry a round, and one for the figures of fresh processes. Raises `BenchFailed`."""
+def _measure(extent: Extent, only: Part | None) -> list[Figures]:
+    """An entry a round of each part, and one for the figures that are taken once. Raises `BenchFailed`."""
     cores = Cores.of_this_machine()
     if cores.server is None or cores.server == cores.others:
         _say("warning: all processes share the processor, so the numbers say little")
+    measurements: list[Figures] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as directory, stage(cores, Path(directory)) as set_up:
-        starts = {"gateway": set_up.gateway, "bare": set_up.bare}
-        fresh = {name: fresh_process(set_up, extent, start, _say) for name, start in starts.items()}
-        measurements: list[Figures] = [{"fresh": fresh}]
-        with set_up.gateway() as gateway, set_up.bare() as bare:
-            for number in range(extent.rounds):
-                _say(f"round {number + 1} of {extent.rounds}")
-                # The order alternates, so that no server is always the first on a machine that warms up.
-                servers = (gateway, bare) if number % 2 == 0 else (bare, gateway)
-                measurements.append(one_round(set_up, extent, servers, _say))
+        if only != "flights":
+            measurements += _servers(set_up, extent)
+        if only != "servers":
+            measurements += flights(set_up, extent, _say)
+    return measurements
+
+
+def _servers(set_up: Stage, extent: Extent) -> list[Figures]:
+    """Of the gateway and the bare server. Raises `BenchFailed`."""
+    starts = {"gateway": set_up.gateway, "bare": set_up.bare}
+    fresh = {name: fresh_process(set_up, extent, start, _say) for name, start in starts.items()}
+    measurements: list[Figures] = [{"fresh": fresh}]
+    with set_up.gateway() as gateway, set_up.bare() as bare:
+        for number in range(extent.rounds):
+            _say(f"round {number + 1} of {extent.rounds}")
+            # The order alternates, so that no server is always the first on a machine that warms up.
+            servers = (gateway, bare) if number % 2 == 0 else (bare, gateway)
+            measurements.append(one_round(set_up, extent, servers, _say))
     return measurements
 
 

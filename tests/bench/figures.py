@@ -24,7 +24,7 @@ _OPEN_STREAM_GAP_S = 0.02
 _PAUSE_S = 0.01
 # An answer is in the store, and its flight forgotten, by then.
 _STORED_WITHIN_S = 0.6
-_FIRST_REQUESTS = 8
+FIRST_REQUESTS = 8
 # What a fresh process does after it has begun to listen is over by then.
 _SETTLED_WITHIN_S = 1.0
 _ALL_OPEN_WITHIN_S = 20.0
@@ -32,7 +32,10 @@ _ALL_OPEN_WITHIN_S = 20.0
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured. The open streams last long enough for all to be open at one time, and are then half done."""
+    """How much is measured. The open streams last long enough for all to be open at one time, and are then half done.
+
+    ``fan_out_ttft_s`` is long enough for all readers to wait for the first token.
+    """
 
     rounds: int = 3
     seconds: float = 3.0
@@ -42,6 +45,12 @@ class Extent:
     open_streams: int = 256
     open_stream_tokens: int = 512
     starts: int = 3
+    flood_requests: int = 1000
+    followed_tokens: int = 128
+    readers: int = 500
+    fan_out_ttft_s: float = 3.0
+    fan_out_tokens: int = 1024
+    crowd_tokens: int = 128
 
 
 QUICK = Extent(
@@ -53,6 +62,12 @@ QUICK = Extent(
     open_streams=16,
     open_stream_tokens=64,
     starts=1,
+    flood_requests=60,
+    followed_tokens=64,
+    readers=16,
+    fan_out_ttft_s=1.0,
+    fan_out_tokens=64,
+    crowd_tokens=40,
 )
 
 Say = Callable[[str], None]
@@ -156,7 +171,7 @@ def _open_streams(stage: Stage, extent: Extent, server: Server) -> Measured:
     """What memory and time a process takes while many streams are open, each with a token every 20 ms."""
     stage.set_pace(0, 0)
     # What the first requests load and cache once belongs to no stream.
-    stage.load(server, Plan(server.port, requests=_FIRST_REQUESTS, unique=True))
+    stage.load(server, Plan(server.port, requests=FIRST_REQUESTS, unique=True))
     before_mb, cpu_s = server.memory_mb(), server.cpu_s()
     stage.set_pace(_OPEN_STREAM_GAP_S, _OPEN_STREAM_GAP_S)
     streams = extent.open_streams

@@ -21,10 +21,11 @@ PROMPTS = 64
 # Beside its tokens a stream has the role, the finish reason and [DONE].
 EXTRA_FRAMES = 3
 
-_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+IDENTITY = re.compile(rb'"id":"[^"]*"|"created":\d+')
 _CACHE_STATUS = re.compile(rb"\r\ncache-status: *[^;\r]*; *([a-z=]+)", re.IGNORECASE)
 _CACHE_STATUS_OF = {"hit": b"hit", "miss": b"fwd=miss"}
-_END_OF_CHUNKS = b"\r\n0\r\n\r\n"
+END_OF_CHUNKS = b"\r\n0\r\n\r\n"
 _PATIENCE_S = 60.0
 
 
@@ -132,10 +133,10 @@ class Load:
         self._measured = {
             "requests_per_s": len(self._latencies_s) / seconds,
             "frames_per_s": (self.all_frames - self._frames_before) / seconds,
-            "latency_p50_ms": _percentile(self._latencies_s, 50) * 1000,
-            "latency_p99_ms": _percentile(self._latencies_s, 99) * 1000,
-            "first_p50_ms": _percentile(self._firsts_s, 50) * 1000,
-            "first_p99_ms": _percentile(self._firsts_s, 99) * 1000,
+            "latency_p50_ms": percentile(self._latencies_s, 50) * 1000,
+            "latency_p99_ms": percentile(self._latencies_s, 99) * 1000,
+            "first_p50_ms": percentile(self._firsts_s, 50) * 1000,
+            "first_p99_ms": percentile(self._firsts_s, 99) * 1000,
         }
 
     def closed(self) -> None:
@@ -153,7 +154,7 @@ class Load:
         return {**(self._measured or {}), "all_requests": self.all_requests, "all_frames": self.all_frames}
 
 
-def _percentile(values: list[float], percent: int) -> float:
+def percentile(values: list[float], percent: int) -> float:
     return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
@@ -201,7 +202,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(request)
 
     def _read_head(self, head: bytes) -> None:
-        length = _LENGTH.search(head)
+        length = LENGTH.search(head)
         self._length = int(length[1]) if length else None
         plan, status = self._plan, _CACHE_STATUS.search(head)
         if not head.startswith(b"HTTP/1.1 200 "):
@@ -220,8 +221,8 @@ class Connection(asyncio.Protocol):
             frames = data.count(b"\n\n") + cut_in_two
             self._frames += frames
             self._load.all_frames += frames
-        self._tail = (self._tail + data[-len(_END_OF_CHUNKS) :])[-len(_END_OF_CHUNKS) :]
-        if self._tail == _END_OF_CHUNKS if self._length is None else self._received >= self._length:
+        self._tail = (self._tail + data[-len(END_OF_CHUNKS) :])[-len(END_OF_CHUNKS) :]
+        if self._tail == END_OF_CHUNKS if self._length is None else self._received >= self._length:
             self._end(now)
 
     def _end(self, now: float) -> None:

@@ -1,7 +1,6 @@
 """What stands around a server under test: Redis, the upstream and the load generator, on the other core."""
 
 import http.client
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import orjson
+import readers
 import redis
-from load import PROMPTS, Plan, body
+from load import IDENTITY, PROMPTS, Plan, body
 from processes import BenchFailed, Cores, Server, child, free_port, redis_server, script, server
 
 Measured = dict[str, float | None]
 
 _LOAD_WITHIN_S = 150.0
-_IDENTITY = re.compile(rb'"id":"[^"]*"|"created":\d+')
 
 
 class Stage:
@@ -88,6 +87,10 @@ class Stage:
         if plan.expect == "hit" and calls:
             raise BenchFailed(f"{target.name}: the upstream was asked {calls} times in a run of hits")
 
+    def running_readers(self, plan: readers.Plan) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        """The readers of one answer; `finish` waits for them."""
+        return child(script("readers.py", orjson.dumps(asdict(plan)).decode()), self._cores.others, subprocess.PIPE)
+
     def check_hits(self, target: Server, *, streamed: bool, tokens: int) -> int:
         """Asks for each prompt once: all must be hits that say what the upstream says. Returns their length in bytes."""
         lengths = set()
@@ -124,7 +127,7 @@ def _fetch(target: Server, path: str, data: bytes | None = None) -> tuple[str, b
 
 def _said(answer: bytes, *, streamed: bool) -> object:
     """An answer without its identity, which is new with each reply. The order of members is free where it is one object."""
-    without_identity = _IDENTITY.sub(b'"identity":0', answer)
+    without_identity = IDENTITY.sub(b'"identity":0', answer)
     return without_identity if streamed else orjson.loads(without_identity)
 
 

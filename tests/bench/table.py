@@ -1,15 +1,19 @@
 """From what was measured to the table that people read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from statistics import median
 
-from figures import MANY_CONNECTIONS, RELAY_CONNECTIONS, Figures
+from figures import MANY_CONNECTIONS, RELAY_CONNECTIONS, Extent, Figures
+from flights import REPLICAS
+
+NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What the gateway has to reach: a word for it, and whether its value and the comparison are good enough."""
+    """What the gateway has to reach: a word for it, and whether its value and the comparison (or NaN) are good enough."""
 
     text: str
     reached: Callable[[float, float], bool]
@@ -17,7 +21,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure, one of its values, and how that of the gateway is compared with that of the bare server."""
+    """A figure, one of its values, and how that of the gateway is compared with that of the bare server, if it has one."""
 
     label: str
     figure: str
@@ -44,39 +48,69 @@ ROWS = (
     Row("memory when idle, MB", "fresh", "idle_mb", mark=Mark("≤ 90 MB", lambda value, _: value <= 90)),
     Row("memory of an open stream, 256 tokens in, KiB", "fresh", "stream_kib"),
     Row("from start to listening, s", "fresh", "start_s", mark=Mark("≤ 1.5 s", lambda value, _: value <= 1.5)),
+    Row(
+        f"upstream calls for {Extent.flood_requests:,} identical requests to {REPLICAS} replicas",
+        "flood",
+        "calls",
+        mark=Mark("= 1", lambda value, _: value == 1),
+    ),
+    Row("added delay of a local follower, p50, ms", "local", "delay_p50_ms"),
+    Row("the same, p99, ms", "local", "delay_p99_ms"),
+    Row(
+        "added delay of a follower on another replica, p50, ms",
+        "remote",
+        "delay_p50_ms",
+        mark=Mark("≤ 25 ms", lambda value, _: value <= 25),
+    ),
+    Row("the same, p99, ms", "remote", "delay_p99_ms"),
+    Row(f"frames/s into {Extent.readers} readers of one flight", "fan_out", "frames_per_s"),
+    Row("CPU of a frame to each of them at full speed, µs", "fan_out", "cpu_us_a_frame"),
+    Row("CPU of a frame to each of them, paced, µs", "crowd", "cpu_us_a_frame"),
+    Row("memory of a follower, KiB", "crowd", "follower_kib"),
 )
 
 
 def markdown(measurements: Sequence[Figures]) -> str:
     """The medians of the rounds. Comparisons are made within each round first: the machine's speed drifts between them."""
     lines = ["| figure | gateway | bare | ratio | mark |", "|---|---:|---:|---:|---|"]
-    lines += [_line(row, measurements) for row in ROWS]
+    lines += [_line(row, measurements) for row in ROWS if any(row.figure in figures for figures in measurements)]
     return "\n".join(lines)
 
 
 def _line(row: Row, measurements: Sequence[Figures]) -> str:
+    values = [servers["gateway"].get(row.value) for figures in measurements if (servers := figures.get(row.figure))]
+    gateway = _median(values)
     pairs = [pair for figures in measurements if (pair := _pair(row, figures))]
-    if not pairs:
-        return f"| {row.label} | – | – | – | {row.mark.text if row.mark else ''} |"
-    gateway, bare = median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
-    if row.compare == "difference":
-        compared = median(pair[0] - pair[1] for pair in pairs)
-        shown = f"{compared:+.2f}"
-    else:
-        compared = median(pair[0] / pair[1] for pair in pairs)
-        shown = f"{compared:.2f}"
-    mark = f"{row.mark.text}: {'reached' if row.mark.reached(gateway, compared) else 'missed'}" if row.mark else ""
-    return f"| {row.label} | {_number(gateway)} | {_number(bare)} | {shown} | {mark} |"
+    bare = _median([pair[1] for pair in pairs])
+    difference = row.compare == "difference"
+    compared = _median([pair[0] - pair[1] if difference else pair[0] / pair[1] for pair in pairs])
+    shown = NOTHING if isnan(compared) else f"{compared:+.2f}" if difference else f"{compared:.2f}"
+    return f"| {row.label} | {_number(gateway)} | {_number(bare)} | {shown} | {_judged(row.mark, gateway, compared)} |"
+
+
+def _judged(mark: Mark | None, value: float, compared: float) -> str:
+    if mark is None or isnan(value):
+        return mark.text if mark else ""
+    return f"{mark.text}: {'reached' if mark.reached(value, compared) else 'missed'}"
 
 
 def _pair(row: Row, figures: Figures) -> tuple[float, float] | None:
     """The values of both servers, where this measurement has them."""
-    servers = figures.get(row.figure)
-    if not servers:
+    servers = figures.get(row.figure, {})
+    if not {"gateway", "bare"} <= servers.keys():
         return None
     gateway, bare = servers["gateway"].get(row.value), servers["bare"].get(row.value)
     return None if gateway is None or bare is None else (gateway, bare)
 
 
+def _median(values: Iterable[float | None]) -> float:
+    """NaN where there are none."""
+    return median([value for value in values if value is not None] or [nan])
+
+
 def _number(value: float) -> str:
+    if isnan(value):
+        return NOTHING
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
