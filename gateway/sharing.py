@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 _HEARD_S = 0.01
 _UNHEARD_S = 0.1
 _AGAIN_S = 0.5
+_TIMER_STEP_S = 0.001  # uvloop's timers have no finer one, and may be early by half of it
 _HEARTBEATS_PER_LEASE = 4
 _BATCH_BYTES = 1_048_576
 # A log that is written anew again and again is one that the store cannot keep.
@@ -48,10 +50,11 @@ class Shared:
         self.flight = flight
         self.name = name
         self.writer = writer
-        self.on_fenced: Callable[[], object] = lambda: None
+        self.on_fenced: Callable[[bool], object] = lambda _: None
+        """Called when no more can be written; tells whether the log is still this writer's."""
         self.at = flight.count
         """How many frames the log holds."""
-        self.due_s = 0.0
+        self.due_s = float("inf")
         self.sent_s = 0.0
         self.listeners = 0
         """Readers in other replicas."""
@@ -68,7 +71,7 @@ class Shared:
         flight.followers.add(self)
 
     def cut(self, error: GatewayError) -> None:  # noqa: ARG002  # whatever it is, the log cannot go on without a gap
-        self._fence()
+        self._stop(holds_lease=True)
 
     @property
     def pending(self) -> bool:
@@ -115,14 +118,14 @@ class Shared:
     def take(self, result: Appended | StoreError) -> None:
         """Learns what became of a batch. A log that has lost frames is written anew from there."""
         if isinstance(result, StoreFenced):
-            self._fence()
+            self._stop(holds_lease=False)
         elif isinstance(result, Appended):
             self.cut_short = self.cut_short or result.count < self.at
             self.listeners = result.listeners
             if self.flight.base <= result.count <= self.flight.count:
                 self._moved_to(result.count)
             else:
-                self._fence()
+                self._stop(holds_lease=True)
             self.flight.cancel(result.cancelled)
 
     def _moved_to(self, count: int) -> None:
@@ -145,11 +148,10 @@ class Shared:
             trim_to, _ = self._sent.popleft()
         return trim_to
 
-    def _fence(self) -> None:
-        """Writes no more."""
+    def _stop(self, *, holds_lease: bool) -> None:
         self.fenced = True
         self.flight.followers.discard(self)
-        self.on_fenced()
+        self.on_fenced(holds_lease)
 
 
 class Sharing:
@@ -161,7 +163,9 @@ class Sharing:
         self._shared: dict[FlightId, Shared] = {}
         self._task: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
-        self._sleeps_until_s = 0.0
+        self._timer: asyncio.Handle | None = None
+        self._timer_at_s = 0.0
+        self._given_up: list[Shared] = []
         store.on_called(self._on_called)
 
     def writer(self, run: str) -> Writer:
@@ -170,16 +174,17 @@ class Sharing:
     def begin(self, flight: Flight, name: LogName, *, request: Callable[[], bytes], joinable: bool) -> Shared:
         """From now on the flight's log is written, by this replica's run of it."""
         shared = Shared(flight, name, self.writer(flight.run), request=request, joinable=joinable)
-        shared.on_fenced = partial(self._forget, shared)
+        shared.on_fenced = partial(self._give_up, shared)
         self._shared[name.flight] = shared
-        self._hurry(shared, 0.0)
+        # Not at once: an answer that comes at once need not be told in parts, and the first token is on its way now.
+        self._hurry(shared, asyncio.get_running_loop().time() + _HEARD_S)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
         return shared
 
     def grown(self, shared: Shared) -> None:
         """The flight has a head, or more frames."""
-        if not shared.fenced:
+        if shared.sent_s and not shared.fenced:
             self._hurry(shared, shared.sent_s + (_HEARD_S if shared.listeners else _UNHEARD_S))
 
     async def check(self, shared: Shared) -> None:
@@ -211,10 +216,19 @@ class Sharing:
             shared.flight.followers.discard(shared)
 
     async def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+
+    def _give_up(self, shared: Shared, holds_lease: bool) -> None:  # noqa: FBT001  # a callback's argument
+        """The log cannot be gone on with here: others need not wait until its lease runs out."""
+        self._forget(shared)
+        if holds_lease:
+            self._given_up.append(shared)
+            self._wake()
 
     def _forget(self, shared: Shared) -> None:
         if self._shared.get(shared.name.flight) is shared:
@@ -244,25 +258,36 @@ class Sharing:
                 await asyncio.sleep(_AGAIN_S)
 
     async def _send_what_is_due(self) -> None:
+        while self._given_up:
+            shared = self._given_up.pop()
+            with suppress(StoreError):
+                await self._store.release(shared.name, shared.writer)
         now_s = asyncio.get_running_loop().time()
         due = [shared for shared in self._shared.values() if shared.due_s <= now_s]
         if due:
             for shared, result in zip(due, await self._append(due), strict=True):
                 self._learn(shared, result)
             return
-        self._sleeps_until_s = min((shared.due_s for shared in self._shared.values()), default=float("inf"))
-        await self._sleep(self._sleeps_until_s - now_s)
-
-    async def _sleep(self, seconds: float) -> None:
         self._woken.clear()
-        timer = None
-        if seconds != float("inf"):
-            timer = asyncio.get_running_loop().call_later(seconds, self._woken.set)
-        try:
-            await self._woken.wait()
-        finally:
-            if timer:
-                timer.cancel()
+        self._wake_at(min((shared.due_s for shared in self._shared.values()), default=float("inf")))
+        await self._woken.wait()
+
+    def _wake_at(self, due_s: float) -> None:
+        """A timer, and not the task itself, takes note of what is due: a token on its way waits for neither."""
+        if self._timer:
+            if self._timer_at_s <= due_s:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if due_s < float("inf"):
+            self._timer_at_s = due_s
+            self._timer = asyncio.get_running_loop().call_at(due_s + _TIMER_STEP_S, self._wake)
+
+    def _wake(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        self._woken.set()
 
     async def _append(self, due: Sequence[Shared]) -> list[Appended | StoreError]:
         try:
@@ -292,10 +317,9 @@ class Sharing:
                 shared.flight.check_readers(dismissed=True)
 
     def _hurry(self, shared: Shared, due_s: float) -> None:
-        if due_s < shared.due_s or not shared.sent_s:
+        if due_s < shared.due_s:
             shared.due_s = due_s
-        if due_s < self._sleeps_until_s:
-            self._woken.set()
+            self._wake_at(due_s)
 
     def _on_called(self, flight: FlightId) -> None:
         if shared := self._shared.get(flight):

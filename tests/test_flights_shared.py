@@ -5,6 +5,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from fakes import FakeClock, FakeLog, FakeStore, HandUpstream
@@ -16,7 +17,14 @@ from gateway.core.dialects.openai import END
 from gateway.core.pacing import Pace
 from gateway.core.policy import Directives, StoreRules
 from gateway.core.stream_id import Cursor
-from gateway.errors import GatewayError, ShuttingDown, StreamCancelled, UpstreamRefused, UpstreamReported
+from gateway.errors import (
+    GatewayError,
+    ShuttingDown,
+    StoreUnavailable,
+    StreamCancelled,
+    UpstreamRefused,
+    UpstreamReported,
+)
 from gateway.flight import Flight
 from gateway.flights import Flights, Rules
 from gateway.ports import LogName
@@ -452,6 +460,7 @@ async def test_a_flight_over_the_bound_is_not_found_and_not_stored(replicas):
     a.upstream.say(TEXT)
     await read_until(first, "x")
     assert a.flights.find(key) is flight_of(first)
+    await come(lambda: replicas.log(first).count)
     a.upstream.say(TEXT)
     await read_until(first, "x")
     assert a.flights.find(key) is None
@@ -469,15 +478,34 @@ async def test_a_whole_answer_over_the_bound_is_refused_and_its_stream_is_not(re
     wholes = await together(a.open(stream=False), b.open(stream=False))
     waiting = [asyncio.ensure_future(each.reader.whole()) for each in wholes]
     data = b""
-    for _ in range(3):
+    for place in range(3):
         a.upstream.say(TEXT)
         data += await read_until(streamed, "x")
+        await come(lambda place=place: replicas.log(streamed).count == place + 1)
     a.upstream.say(STOP, DONE)
     data += await read_all(streamed)
     assert text_of(data) == "x" * 2700
     for error in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(error, GatewayError)
         assert error.body()["error"]["code"] == "answer_too_large"
+
+
+async def test_a_log_that_cannot_keep_up_with_a_flight_over_the_bound_is_given_up_at_once(replicas, monkeypatch):
+    a, b, _ = replicas.start(terms=Terms(max_flight_bytes=BOUND))
+    first = await a.open()
+    await a.asked()
+    monkeypatch.setattr(a.store, "append", AsyncMock(side_effect=StoreUnavailable("too slow")))
+    data = b""
+    for _ in range(3):
+        a.upstream.say(TEXT)
+        data += await read_until(first, "x")
+    await come(lambda: replicas.is_idle)
+    follower = await b.open()
+    await b.asked()
+    b.upstream.say(HELLO, STOP, DONE)
+    assert text_of(await read_all(follower)) == "Hello"
+    a.upstream.say(STOP, DONE)
+    assert text_of(data + await read_all(first)) == "x" * 2700
 
 
 @pytest.mark.parametrize("since", range(3, 9))

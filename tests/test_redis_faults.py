@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
 from scripted import chunk
 from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, nothing_unnoticed, until
 
@@ -183,7 +184,7 @@ async def test_a_hiccup_that_hits_many_lookups_counts_once(own_redis, open_store
 
 async def until_hung_up(store: RedisStore) -> None:
     """The news of a closed connection take a turn of the loop or two."""
-    idle = store._server.wire.client.connection_pool._available_connections
+    idle = store._server.wire._idle
     assert idle
     await until(lambda: all(connection._reader.at_eof() for connection in idle))
 
@@ -504,8 +505,7 @@ async def test_what_the_client_breaks_with_is_a_failure_like_any_other(own_redis
         raise RuntimeError("the handler is closed")
 
     with monkeypatch.context() as patch:
-        for method in ("execute_command", "get"):
-            patch.setattr(store._server.wire.client, method, break_down)
+        patch.setattr(AbstractConnection, "send_packed_command", break_down)
         for _ in range(3):
             assert "handler" in await refused(store)
         assert not store.available

@@ -355,7 +355,7 @@ async def test_a_closed_store_leaves_nobody_waiting(backend):
     await asyncio.sleep(0)
     await store.close()
     for result in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(result, StoreUnavailable)
+        assert result is None or isinstance(result, StoreUnavailable)
 
 
 @pytest.mark.parametrize(

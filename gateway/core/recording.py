@@ -28,6 +28,7 @@ _TAIL = b"\n\n"
 _NULL_USAGE = b',"usage":null'
 _OBFUSCATION_TO_END = re.compile(rb',"obfuscation":"[A-Za-z0-9]*"\}')
 _NONZERO = b"123456789"
+_NUMBERS = frozenset({int, float})
 _ID_PREFIX = re.compile(r"[A-Za-z]+[-_]")
 
 Span = tuple[int, int]
@@ -229,17 +230,22 @@ class Meta(NamedTuple):
         """Raises `CorruptRecording`."""
         try:
             members = orjson.loads(data)
-            for name in ("finish_reasons", "body_id", "body_created"):
-                if members[name] is not None:
-                    members[name] = tuple(members[name])
+            members["finish_reasons"] = tuple(members["finish_reasons"])
+            if members["body_id"]:
+                members["body_id"] = tuple(members["body_id"])
+            if members["body_created"]:
+                members["body_created"] = tuple(members["body_created"])
             members["runs"] = tuple(map(tuple, members.get("runs", ())))
             meta = cls(**members)
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptRecording(f"the meta data does not load: {error!r}") from None
-        numbers = (meta.written_at, meta.ttl_s, meta.duration_us, meta.frames)
-        if not (isinstance(meta.id, str) and all(isinstance(number, int | float) for number in numbers)):
+        if not (isinstance(meta.id, str) and _are_numbers(meta.written_at, meta.ttl_s, meta.duration_us, meta.frames)):
             raise CorruptRecording("the meta data has members of wrong types")
         return meta
+
+
+def _are_numbers(*values: object) -> bool:
+    return _NUMBERS.issuperset(map(type, values))
 
 
 class Identity(NamedTuple):
@@ -306,7 +312,8 @@ class Recording:
 
 
 def _filled(text: bytes, marks: Marks, identity: Identity | None, *, usage: bool) -> bytes:
-    text = _fill(text, _USAGE, marks.usages if usage else (b"",))
+    if marks.usages:
+        text = _fill(text, _USAGE, marks.usages if usage else (b"",))
     text = _fill(text, _ID, (identity.id,) if identity else marks.ids)
     return _fill(text, _CREATED, (identity.created,) if identity else marks.created)
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import redis.asyncio as aioredis
+from hiredis import pack_command
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
@@ -83,27 +84,55 @@ class Wire(Protocol):
 
 
 class Single:
-    """The way to one server."""
+    """The way to one server: connections of redis-py's, used without its client, which costs as much again as a command."""
 
     def __init__(self, client: aioredis.Redis) -> None:
         self.client = client
+        self._idle: list[AbstractConnection] = []
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
-        if len(commands) == 1:
-            try:
-                return [await self.client.execute_command(*commands[0])]  # type: ignore[no-untyped-call]
-            except ResponseError as error:
-                return [error]
-        pipeline = self.client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        return await pipeline.execute(raise_on_error=False)
+        connection = await self._connection()
+        try:
+            await connection.send_packed_command([pack_command(command) for command in commands])
+            answers = [await _answer(connection) for _ in commands]
+        except BaseException:
+            # Half an answer may still be on its way, which the next command would take for its own.
+            await connection.disconnect(nowait=True)
+            raise
+        self._idle.append(connection)
+        return answers
+
+    async def _connection(self) -> AbstractConnection:
+        """One that is connected. Those who send bound how many there are."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not _is_closed(connection):
+                return connection
+            await connection.disconnect(nowait=True)
+        connection = await self.extra_connection(0)
+        await connection.connect()  # type: ignore[no-untyped-call]
+        return connection
 
     async def extra_connection(self, turn: int) -> AbstractConnection:  # noqa: ARG002  # there is one server only
         return self.client.connection_pool.make_connection()  # type: ignore[no-any-return,no-untyped-call]
 
     async def close(self) -> None:
+        while self._idle:
+            await self._idle.pop().disconnect()
         await self.client.aclose()
+
+
+async def _answer(connection: AbstractConnection) -> Any:
+    try:
+        return await connection.read_response()
+    except ResponseError as error:
+        return error
+
+
+def _is_closed(connection: AbstractConnection) -> bool:
+    """Whether the server has hung up: only the stream below knows it without a system call."""
+    reader = connection._reader  # noqa: SLF001
+    return reader is None or reader.at_eof()
 
 
 async def send(wire: Wire, commands: Sequence[Command]) -> list[Any]:

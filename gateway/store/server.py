@@ -58,7 +58,8 @@ class Server:
         self._paces = {"quick": self._lookups, "patient": self._patient_lookups, "steady": steady}
         self._writes = asyncio.Semaphore(connections - quick - patient - reads - 1)
         self._failures = 0
-        self._failed_at = 0.0
+        self._epoch = 0
+        """How many failures in a row were counted: a call that began in an earlier epoch was hit by one that was counted."""
         self._closed = False
         self._fell = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
@@ -83,7 +84,7 @@ class Server:
         """By the hard deadline that callers wait for, or within seconds, then also where it is away. Raises `StoreError`."""
         if not patient:
             self._refuse_if_away()
-        began = _now()
+        began = self._epoch
         try:
             answer = await (self._patient_lookups if patient else self._lookups).run(command)
         except StoreUnavailable as error:
@@ -98,7 +99,7 @@ class Server:
         Raises `StoreError`.
         """
         self._refuse_if_away()
-        began = _now()
+        began = self._epoch
         try:
             answer = await self._paces[pace].run(command)
         except StoreError as error:
@@ -128,7 +129,7 @@ class Server:
         self._refuse_if_away()
         async with self._writes:
             self._refuse_if_away()
-            began = _now()
+            began = self._epoch
             try:
                 with store_errors_only():
                     async with asyncio.timeout(self.config.command_timeout_s):
@@ -157,7 +158,7 @@ class Server:
         if not self.available:
             raise StoreUnavailable("the store is away")
 
-    def _failed(self, error: StoreError, began: float) -> None:
+    def _failed(self, error: StoreError, began: int) -> None:
         """What the failure of more than a lookup says of the server."""
         if isinstance(error, StoreRefused):
             # No reason to stop looking things up.
@@ -165,13 +166,13 @@ class Server:
         elif not isinstance(error, StoreCorrupt):
             self._count_failure(error, began)
 
-    def _count_failure(self, error: StoreError, began: float) -> None:
+    def _count_failure(self, error: StoreError, began: int) -> None:
         """Failures count as in a row only if each call began after the last had failed: one hiccup hits many calls."""
         if self._closed:
             return
-        if began >= self._failed_at:
+        if began == self._epoch:
             self._failures += 1
-            self._failed_at = _now()
+            self._epoch += 1
         if self.available and self._failures >= _FAILURES_TO_DOWN:
             self.available = False
             self._fell.set()
@@ -189,7 +190,7 @@ class Server:
                 await self._look()
 
     async def _look(self) -> None:
-        began = _now()
+        began = self._epoch
         try:
             with store_errors_only():
                 async with asyncio.timeout(
