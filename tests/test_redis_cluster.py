@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis.crc import key_slot
-from running import RedisNodes, RedisServer
+from running import RedisNodes, RedisServer, next_block
+from scripted import chunk
 from stores import LOG, RECORDING, batch, begun, nothing_unnoticed, until
 
 from gateway.config import RedisConfig
@@ -205,3 +206,34 @@ async def test_a_url_that_cannot_be_that_of_a_cluster_is_a_wrong_configuration(u
     with pytest.raises(ConfigError, match=r"redis\.url") as caught:
         connect(RedisConfig(url=url, cluster=True), url)
     assert "secret" not in str(caught.value)
+
+
+async def test_replicas_on_a_cluster_share_one_call_and_all_keys_of_it_are_in_one_slot(
+    shared_nodes, start_gateway, upstream
+):
+    redis = {"url": shared_nodes.url, "cluster": True, "prefix": "replicas"}
+    one, two = [await start_gateway(redis=redis) for _ in range(2)]
+
+    async def say_half(asked):
+        await asked.head()
+        await asked.event(chunk({"content": "half"}))
+        await asked.gate("half")
+        await asked.event(chunk({}, "stop"))
+        await asked.done()
+
+    upstream.script = say_half
+    async with one.opened(stream=True) as first, two.opened(stream=True) as second:
+        assert "half" in await next_block(first)
+        assert "half" in await next_block(second)
+        clients = [Redis(port=port) for port in shared_nodes.ports]
+        names = [name for client in clients for name in client.keys("replicas:{*")]
+        for client in clients:
+            client.close()
+        assert {name.rpartition(b"}:")[2].partition(b":")[0] for name in names} >= {b"now", b"lease", b"log", b"req"}
+        assert len({key_slot(name) for name in names}) == 1
+        upstream.gate("half").released.set()
+        assert await first.read() == await second.read()
+    stream_id = first.headers["Gateway-Stream-Id"]
+    async with two.session.get(f"{two.base_url}/streams/{stream_id}?after=1") as rest:
+        assert (await rest.read()).count(b"data: ") == 2
+    assert len(upstream.asked) == 1
