@@ -100,6 +100,8 @@ class Flight:
         self.streamed = True
         self.overflowed = False
         """Whether it has become larger than it may: it takes no more readers, and is not stored."""
+        self.in_doubt = False
+        """Whether a second run has still to say what the first one had shown: until then nobody joins, since it may not."""
         self.cancelled: set[str] = set()
         """The readers that were cancelled for good."""
         self.dismissed = False
@@ -132,6 +134,11 @@ class Flight:
     def count(self) -> int:
         """How many frames have come."""
         return self.base + len(self.frames)
+
+    @property
+    def is_joinable(self) -> bool:
+        """Whether newcomers may still read it from its beginning to a good end."""
+        return not (self.error or self.overflowed or self.in_doubt)
 
     @property
     def error(self) -> GatewayError | None:

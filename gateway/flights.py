@@ -68,7 +68,7 @@ class Flights:
     def find(self, key: CacheKey) -> Flight | None:
         """The flight that a request of this key may join, or whose recording is on its way to the store."""
         flight = self._by_key.get(key)
-        return None if flight is None or flight.error or flight.overflowed else flight
+        return flight if flight and flight.is_joinable else None
 
     def named(self, name: LogName, run: str) -> Flight | None:
         """The flight of that log that this replica writes or reads, as a reader of the run ``run`` knows it."""
@@ -178,7 +178,7 @@ class Flights:
             return True
         there = LogName(name.key, claimed.follow)
         if known := self._by_name.get(there):
-            if known.overflowed or known.outcome:
+            if known.outcome or not known.is_joinable:
                 return True
             flight.instead = known
             self._by_key[name.key] = known
@@ -190,7 +190,9 @@ class Flights:
         return False
 
     async def _lead(self, flight: Flight, plan: Plan, continuation: Continuation | None = None) -> None:
+        flight.on_unread = partial(self._unread, flight, plan)
         if flight.name:
+            flight.in_doubt = continuation is not None
             self._by_name[flight.name] = flight
             self._shared[flight] = self._sharing.begin(flight, flight.name, request=plan.noted, joinable=plan.joinable)
         await Pump(self, flight, plan, self._rules, self._clock, continuation).run()

@@ -104,8 +104,10 @@ class Mirror:
             if known < 0:
                 raise StreamLost("What comes next is no longer kept.")
             flight.copy(entry.frames[known:], entry.at_us[known:])
+            flight.in_doubt = False
         if entry.run and entry.run not in [run for run, _ in flight.runs]:
             flight.runs.append((entry.run, entry.count))
+            flight.in_doubt = entry.count > 0
         if entry.end:
             self._end = entry
 

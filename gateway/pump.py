@@ -134,7 +134,8 @@ class Pump:
             self._table.grown(self._flight)
 
     def _continued(self, batch: list[bytes], continuation: Continuation) -> list[bytes]:
-        fed = (payload if payload.startswith(DONE) else continuation.feed(payload) for payload in batch)
+        fed = [payload if payload.startswith(DONE) else continuation.feed(payload) for payload in batch]
+        self._flight.in_doubt = not continuation.is_used_up
         return [payload for payload in fed if payload is not None]
 
     def _take_whole(self, body: bytes) -> None:

@@ -97,7 +97,7 @@ class Shared:
             at_us=[frame.at_us for frame in frames],
             head=self._head(),
             request=self._request() if self.at == 0 else b"",
-            joinable=self._joinable and not flight.overflowed,
+            joinable=self._joinable and flight.is_joinable,
             readers=flight.readers,
             trim_to=self._trim_to(),
         )

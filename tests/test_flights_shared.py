@@ -731,17 +731,29 @@ async def test_a_stream_goes_on_from_the_exact_character_under_its_first_envelop
     assert whole["usage"] == USAGE
 
 
-async def test_a_newcomer_during_a_take_over_sees_the_same_stream(replicas):
+async def test_who_comes_when_a_take_over_has_said_again_what_was_shown_joins_it(replicas):
     _, followers, seen, leader, other = await begun_and_dead(replicas)
-    early = await together(leader.open(), other.open())
     leader.upstream.say(*second("Hello world!"))
-    await read_until(early[0], "!")
+    told = seen[0] + await read_until(followers[0], "!")
+    await come(lambda: replicas.store.now)
     late = await together(leader.open(), other.open())
-    assert [each.disposition.kind for each in (*early, *late)] == ["collapsed"] * 4
+    assert [each.disposition.kind for each in late] == ["collapsed"] * 2
     leader.upstream.say(SECOND_STOP, DONE)
-    stream = seen[0] + await read_until(followers[0], "!") + await whole_stream(followers[0])
-    assert await whole_stream(late[0]) == await whole_stream(late[1]) == await whole_stream(early[1]) == stream
+    stream = told + await whole_stream(followers[0])
+    assert await whole_stream(late[0]) == await whole_stream(late[1]) == stream
     assert sorted(replicas.calls) == [0, 1, 1]
+
+
+async def test_who_comes_while_it_is_open_whether_a_take_over_says_the_same_is_no_victim_of_it(replicas):
+    _, followers, _, leader, other = await begun_and_dead(replicas)
+    newcomers = await together(leader.open(), other.open())
+    assert sorted(each.disposition.kind for each in newcomers) == ["collapsed", "miss"]
+    await come(lambda: sum(replicas.calls) == 3)
+    leader.upstream.say(*second("Good bye"), SECOND_STOP, DONE, at=0)
+    assert b"stream_diverged" in await whole_stream(followers[0])
+    began = leader if len(leader.upstream.calls) == 2 else other
+    began.upstream.say(HELLO, STOP, DONE)
+    assert [text_of(await read_all(each)) for each in newcomers] == ["Hello"] * 2
 
 
 DIFFERENT = {
