@@ -1,5 +1,6 @@
 """How redis-py is set up, how commands leave through it, and what its failures mean."""
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -97,7 +98,7 @@ class Single:
             answers = [await _answer(connection) for _ in commands]
         except BaseException:
             # Half an answer may still be on its way, which the next command would take for its own.
-            await connection.disconnect(nowait=True)
+            await _drop(connection)
             raise
         self._idle.append(connection)
         return answers
@@ -108,7 +109,7 @@ class Single:
             connection = self._idle.pop()
             if not _is_closed(connection):
                 return connection
-            await connection.disconnect(nowait=True)
+            await _drop(connection)
         connection = await self.extra_connection(0)
         await connection.connect()  # type: ignore[no-untyped-call]
         return connection
@@ -120,6 +121,7 @@ class Single:
         while self._idle:
             await self._idle.pop().disconnect()
         await self.client.aclose()
+        await asyncio.sleep(0)  # the turn in which what was dropped is closed
 
 
 async def _answer(connection: AbstractConnection) -> Any:
@@ -127,6 +129,13 @@ async def _answer(connection: AbstractConnection) -> Any:
         return await connection.read_response()
     except ResponseError as error:
         return error
+
+
+async def _drop(connection: AbstractConnection) -> None:
+    """Closes it at once: a server that takes nothing more would keep a closing one open for ever."""
+    if transport := getattr(connection._writer, "transport", None):  # noqa: SLF001  # fakeredis' has none
+        transport.abort()
+    await connection.disconnect(nowait=True)
 
 
 def _is_closed(connection: AbstractConnection) -> bool:
