@@ -203,20 +203,21 @@ class Flights:
         if flight.instead or name is None:
             return
         mirror = Mirror(self._store, flight, name, lease_s=self._rules.terms.lease_s, trust_s=trust_s)
+        own_plan = None
         try:
-            while await mirror.run() == "orphaned":
+            while own_plan is None and await mirror.run() == "orphaned":
                 if not flight.readers:
                     flight.close(_abandoned())
                     return
-                own_plan = plan()
+                ready = plan()
                 if await self._takes_over(flight, name, mirror):
-                    break
-            else:
-                return
+                    own_plan = ready
         finally:
-            await mirror.leave()
-        flight.resolve("led")
-        await self._lead(flight, own_plan, self._continuation(flight))
+            if own_plan is None:  # else this replica reads on what it now writes, and nobody need wait for the store
+                await mirror.leave()
+        if own_plan:
+            flight.resolve("led")
+            await self._lead(flight, own_plan, self._continuation(flight))
 
     async def _takes_over(self, flight: Flight, name: LogName, mirror: Mirror) -> bool:
         writer = self._sharing.writer(flight.run)

@@ -1,6 +1,7 @@
 """Streams after their request: to resume one from any replica, to cancel one for good, and to tell its state."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from gateway.core.recording import Identity, Recording
 from gateway.core.stream_id import Cursor, StreamId, UnknownStream, identity_digits, mint, open_token
 from gateway.errors import (
     GatewayError,
+    InvalidRequest,
     StoreAway,
     StoreCorrupt,
     StoreError,
@@ -63,6 +65,14 @@ class Streams:
         reader = FlightReader(flight, usage=stream.usage, cursor=cursor, run=stream.run, ids=ids)
         reader.nonce = nonce
         return Opened(reader, _RESUMED, stream_id=token)
+
+    def check_same(self, token: str, other: str, headers: Mapping[str, str]) -> None:
+        """Raises `InvalidRequest` where two ids are not of one reader's stream."""
+        one, two = self._stream(other, headers), None
+        with suppress(StreamNotFound):
+            two = self._stream(token, headers)
+        if two is None or one._replace(run=two.run) != two:
+            raise InvalidRequest("Last-Event-ID is of another stream.", param="Last-Event-ID")
 
     async def cancel(self, token: str, headers: Mapping[str, str]) -> None:
         """Ends this reader for good, wherever it is; the upstream's call too, if nobody else reads it."""

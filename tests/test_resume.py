@@ -411,6 +411,19 @@ async def test_the_last_event_id_is_newer_than_the_address(two, upstream):
     assert b"".join(blocks[:4]) + got.body == answer.body
 
 
+async def test_the_last_event_id_may_name_the_stream_as_an_earlier_resume_did_but_no_other_stream(two, upstream):
+    upstream.script = says()
+    answer, stranger = await ask(two.one), await ask(two.one, "completions")
+    stream, blocks = id_of(answer), blocks_of(answer.body)
+    await two.one.landed()
+    resumed = await resume(two.other, stream, 1)
+    assert id_of(resumed) != stream
+    got = await resume(two.one, stream, last=f"{id_of(resumed)}.2")
+    assert b"".join(blocks[:2]) + got.body == answer.body
+    got = await resume(two.one, stream, last=f"{id_of(stranger)}.2")
+    assert (got.status, got.json["error"]["param"]) == (400, "Last-Event-ID")
+
+
 async def test_an_unknown_id_is_not_found(two, upstream):
     upstream.script = says()
     stream = id_of(await ask(two.one))

@@ -19,8 +19,10 @@ def resume(streams: Streams, service: Service, timing: Timing) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         exchange = request[EXCHANGE]
-        token = request.match_info["id"]
-        opened = await streams.resume(token, _cursor(request, token), request.headers)
+        token, cursor = _cursor(request)
+        if token != request.match_info["id"]:
+            streams.check_same(token, request.match_info["id"], request.headers)
+        opened = await streams.resume(token, cursor, request.headers)
         if opened is None:
             return web.Response(status=204)
         exchange.cache_status = opened.disposition.cache_status()
@@ -60,13 +62,19 @@ async def unserved(request: web.Request) -> web.StreamResponse:
     raise not_allowed(request, _METHODS[what])
 
 
-def _cursor(request: web.Request, token: str) -> Cursor:
-    """``Last-Event-ID`` is newer than the address, which a browser repeats as it was when it reconnects."""
+def _cursor(request: web.Request) -> tuple[str, Cursor]:
+    """The stream's id, and the place in it.
+
+    ``Last-Event-ID`` is newer than the address, which a browser repeats as it was when it reconnects; the id in it may be
+    one that an answer to an earlier resume gave to the same stream.
+    """
+    token = request.match_info["id"]
     last_id, after = request.headers.get("Last-Event-ID"), request.query.get("after")
     try:
         if last_id:
-            return parse_cursor(last_id, token)
-        return FROM_START if after is None else parse_after(after)
+            token = last_id.partition(".")[0]
+            return token, parse_cursor(last_id, token)
+        return token, FROM_START if after is None else parse_after(after)
     except ValueError as error:
         what = "Last-Event-ID" if last_id else "after"
         raise InvalidRequest(f"{what} is not a place in this stream: {error}.", param=what) from None
