@@ -205,12 +205,12 @@ class Flights:
         mirror = Mirror(self._store, flight, name, lease_s=self._rules.terms.lease_s, trust_s=trust_s)
         own_plan = None
         try:
-            while own_plan is None and await mirror.run() == "orphaned":
+            while own_plan is None and (end := await mirror.run()) != "ended":
                 if not flight.readers:
                     flight.close(_abandoned())
                     return
                 ready = plan()
-                if await self._takes_over(flight, name, mirror):
+                if end == "lost" or await self._takes_over(flight, name, mirror):
                     own_plan = ready
         finally:
             if own_plan is None:  # else this replica reads on what it now writes, and nobody need wait for the store

@@ -18,7 +18,8 @@ _AGAIN_S = 0.25
 # A lease is gone a moment after it should be, not before.
 _SLACK_S = 0.01
 
-End = Literal["ended", "orphaned"]
+End = Literal["ended", "orphaned", "lost"]
+"""The log has its end, nobody writes it any longer, or the store that it is in cannot be reached."""
 
 
 class Mirror:
@@ -70,11 +71,14 @@ class Mirror:
             log.debug("the doorbell of %r is not heard: %s", self._flight, error)
 
     async def _look(self) -> End | None:
+        loop = asyncio.get_running_loop()
         try:
-            page = self._take(await self._read())
-        except StoreError as error:
+            # A store that does not answer must not hold up what is due when the lease is over.
+            async with asyncio.timeout_at(max(self._lease_until_s, loop.time() + _AGAIN_S)):
+                page = self._take(await self._read())
+        except (StoreError, TimeoutError) as error:
             log.debug("the log of %r cannot be read: %s", self._flight, error)
-            return "orphaned" if self._expired() else None
+            return "lost" if self._expired() else None
         if self._end:
             await self._close(self._end)
             return "ended"

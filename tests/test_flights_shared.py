@@ -888,6 +888,26 @@ async def test_a_log_that_is_lost_and_then_its_writer_too_is_gone_on_with_from_w
     assert follower.reader.error is None
 
 
+async def test_a_store_that_falls_silent_is_not_waited_for_beyond_the_lease(replicas, monkeypatch):
+    a, b, _ = replicas.start(lease_s=RUNS_OUT_S)
+    first = await a.open()
+    await a.asked()
+    follower = await b.open()
+    a.upstream.say(OPENING, HELLO)
+    seen = await read_until(follower, "Hello")
+
+    async def silent(*_: Any, **__: Any) -> None:
+        await asyncio.Event().wait()
+
+    for command in ("read", "take_over"):
+        monkeypatch.setattr(b.store, command, silent)
+    await b.asked()
+    b.upstream.say(*second("Hello world"), SECOND_STOP, DONE)
+    assert text_of(seen + await whole_stream(follower)) == "Hello world"
+    a.upstream.say(WORLD, STOP, DONE)
+    assert text_of(await read_all(first)) == "Hello world"
+
+
 @pytest.mark.parametrize("said", [[], [OPENING, HELLO]], ids=["before the first frame", "in the middle"])
 async def test_a_leader_that_shuts_down_leaves_its_stream_to_its_followers_at_once(replicas, said):
     a, b, _ = replicas.start()
