@@ -135,6 +135,7 @@ class Flights:
 
     def _landed(self, flight: Flight, task: asyncio.Task[None]) -> None:  # noqa: ARG002  # a callback's argument
         del self._tasks[flight]
+        self._endings.pop(flight, None)
         if flight.outcome is None and flight.resolution != "landed":  # cancelled before its first step: nothing has run
             flight.close(Failed(ShuttingDown(_CLOSING)))
             self._retire(flight)
@@ -145,7 +146,7 @@ class Flights:
         except GatewayError as error:
             flight.close(Failed(error))
         except asyncio.CancelledError:
-            flight.close(self._endings.pop(flight, Failed(ShuttingDown(_CLOSING))))
+            flight.close(self._endings.get(flight) or Failed(ShuttingDown(_CLOSING)))
         except Exception:  # a bug of ours, or of an upstream's library: no reader may wait for ever because of it
             log.exception("what drives %r broke", flight)
             flight.close(Failed(GatewayError("The gateway failed to read the answer.")))
