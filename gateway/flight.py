@@ -112,6 +112,8 @@ class Flight:
         """How many of those that are gone were about usage only."""
         self.followers: set[Follower] = set()
         self.readers = 0
+        self.joins = 0
+        """How many readers there ever were."""
         self.on_unread: Callable[[], object] = lambda: None
         """Called when the last reader has gone."""
         self.max_bytes = max_bytes
@@ -275,6 +277,7 @@ class Flight:
 
     def join(self, reader: Follower) -> None:
         self.readers += 1
+        self.joins += 1
         self.followers.add(reader)
 
     def leave(self, reader: Follower) -> None:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _CLOSING = "The gateway is shutting down; resume this stream, or ask again."
 # A sealed flight stays in the table for longer than any lookup takes.
 _LINGER_S = 0.25
+_TIMER_STEP_S = 0.002  # a timer may be early by so much
 # How long a process that ends may take to hand its flights over.
 _LAST_WORDS_S = 1.0
 # How much of a lease a resumer waits for a writer whose lease it has never seen: it may only have been evicted.
@@ -60,6 +61,8 @@ class Flights:
         self._tasks: dict[Flight, asyncio.Task[None]] = {}
         self._endings: dict[Flight, Outcome] = {}
         self._graces: dict[Flight, asyncio.TimerHandle] = {}
+        self._unread_since: dict[Flight, tuple[int, float]] = {}
+        """How many readers had come until then, and when the last one left."""
         self._checks: dict[Flight, asyncio.Task[None]] = {}
 
     def __len__(self) -> int:
@@ -160,7 +163,7 @@ class Flights:
             flight.resolve("led")
             await self._lead(flight, plan)
         elif flight.resolution == "followed":
-            await self._follow(flight, lambda: plan, self._rules.terms.lease_s)
+            await self._follow(flight, lambda: plan, self._rules.terms.lease_s, goes_on=True)
 
     async def _claims(self, flight: Flight, plan: Plan) -> bool:
         """Whether this replica leads. If not, there is a recording, or another flight to follow."""
@@ -198,12 +201,16 @@ class Flights:
             self._shared[flight] = self._sharing.begin(flight, flight.name, request=plan.noted, joinable=plan.joinable)
         await Pump(self, flight, plan, self._rules, self._clock, continuation).run()
 
-    async def _follow(self, flight: Flight, plan: Callable[[], Plan], trust_s: float) -> None:
-        """Mirrors another replica's log, and goes on with the call where that replica does not."""
+    async def _follow(self, flight: Flight, plan: Callable[[], Plan], trust_s: float, *, goes_on: bool = False) -> None:
+        """Mirrors another replica's log, and goes on with the call where that replica does not.
+
+        ``goes_on``: even where it was given up for want of readers, since these had come just then.
+        """
         name = flight.name
         if flight.instead or name is None:
             return
-        mirror = Mirror(self._store, flight, name, lease_s=self._rules.terms.lease_s, trust_s=trust_s)
+        lease_s = self._rules.terms.lease_s
+        mirror = Mirror(self._store, flight, name, lease_s=lease_s, trust_s=trust_s, goes_on=goes_on)
         own_plan = None
         try:
             while own_plan is None and (end := await mirror.run()) != "ended":
@@ -259,10 +266,20 @@ class Flights:
     # Where nobody reads
 
     def _unread(self, flight: Flight, plan: Plan | None) -> None:
+        if self._unread_since.get(flight, (0, 0.0))[0] != flight.joins:
+            self._unread_since[flight] = flight.joins, asyncio.get_running_loop().time()
         if flight.dismissed:
             self._check(flight, plan)
         elif flight not in self._graces and not self._worth_finishing(flight, plan):
-            self._wait(flight, plan, self._rules.abandon_grace_s if flight.name else 0.0)
+            self._wait(flight, plan, self._grace_left_s(flight))
+
+    def _grace_left_s(self, flight: Flight) -> float:
+        """How long the last reader, here or in another replica, may still take to come back."""
+        if not flight.name:
+            return 0.0
+        shared = self._shared.get(flight)
+        left_s = max(self._unread_since.get(flight, (0, 0.0))[1], shared.listened_s if shared else 0.0)
+        return max(0.0, left_s + self._rules.abandon_grace_s - asyncio.get_running_loop().time())
 
     def _wait(self, flight: Flight, plan: Plan | None, grace_s: float) -> None:
         if flight in self._graces:
@@ -281,7 +298,10 @@ class Flights:
         del self._graces[flight]
         if flight.readers or flight.outcome or self._worth_finishing(flight, plan):
             return
-        self._check(flight, plan)
+        if (left_s := self._grace_left_s(flight)) > _TIMER_STEP_S:
+            self._wait(flight, plan, left_s)
+        else:
+            self._check(flight, plan)
 
     def _check(self, flight: Flight, plan: Plan | None) -> None:
         if flight not in self._checks:
@@ -297,12 +317,15 @@ class Flights:
         if self.listeners(flight):
             flight.dismissed = False
             self._wait(flight, plan, max(self._rules.abandon_grace_s, self._rules.terms.lease_s))
+        elif not flight.dismissed and (left_s := self._grace_left_s(flight)) > _TIMER_STEP_S:
+            self._wait(flight, plan, left_s)
         else:
             self._end(flight, _abandoned())
 
     def _end(self, flight: Flight, outcome: Outcome) -> None:
         if task := self._tasks.get(flight):
             self._endings[flight] = outcome
+            self._forget(flight)  # it takes a moment to end, in which nobody must join it
             task.cancel()
 
     # What its pump tells
@@ -375,6 +398,7 @@ class Flights:
         return recorder.recording(meta, body)
 
     def _retire(self, flight: Flight) -> None:
+        self._unread_since.pop(flight, None)
         if grace := self._graces.pop(flight, None):
             grace.cancel()
         if flight.recording is None:

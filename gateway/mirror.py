@@ -19,13 +19,15 @@ _AGAIN_S = 0.25
 _SLACK_S = 0.01
 
 End = Literal["ended", "orphaned", "lost"]
-"""The log has its end, nobody writes it any longer, or the store that it is in cannot be reached."""
+"""The log has its end, nobody writes it any longer, or it is of no use: out of reach, or given up by its writer."""
 
 
 class Mirror:
     """Copies a shared log into ``flight``, and watches over its writer's lease."""
 
-    def __init__(self, store: Store, flight: Flight, name: LogName, *, lease_s: float, trust_s: float) -> None:
+    def __init__(  # noqa: PLR0913  # they are what it reads, and how it judges
+        self, store: Store, flight: Flight, name: LogName, *, lease_s: float, trust_s: float, goes_on: bool
+    ) -> None:
         self._store = store
         self._flight = flight
         self._name = name
@@ -35,6 +37,7 @@ class Mirror:
         # A lease that is absent before its time was evicted, or lost with a restart of Redis: its holder takes it again.
         self._lease_until_s = asyncio.get_running_loop().time() + trust_s
         self._end: Entry | None = None
+        self._goes_on = goes_on
 
     async def run(self) -> End:
         """Returns when the log has ended, as the flight then has, or when nobody writes it any longer."""
@@ -80,6 +83,8 @@ class Mirror:
             log.debug("the log of %r cannot be read: %s", self._flight, error)
             return "lost" if self._expired() else None
         if self._end:
+            if self._goes_on and self._flight.readers and orjson.loads(self._end.end)["outcome"] == "abandoned":
+                return "lost"
             await self._close(self._end)
             return "ended"
         if page.more:

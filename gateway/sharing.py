@@ -58,6 +58,8 @@ class Shared:
         self.sent_s = 0.0
         self.listeners = 0
         """Readers in other replicas."""
+        self.listened_s = 0.0
+        """When there were some, as far as is known."""
         self.called = False
         """Whether another replica has asked to look at the log."""
         self.fenced = False
@@ -122,6 +124,8 @@ class Shared:
         elif isinstance(result, Appended):
             self.cut_short = self.cut_short or result.count < self.at
             self.listeners = result.listeners
+            if result.listeners:
+                self.listened_s = asyncio.get_running_loop().time()
             if self.flight.base <= result.count <= self.flight.count:
                 self._moved_to(result.count)
             else:

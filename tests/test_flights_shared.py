@@ -633,6 +633,39 @@ async def test_an_abandoned_stream_says_so_when_it_is_resumed(replicas):
     assert [each.get("error", {}).get("code") for each in chunks_of(data)] == [None, "stream_cancelled"]
 
 
+async def test_who_joins_elsewhere_just_when_a_stream_is_abandoned_gets_the_answer_all_the_same(replicas):
+    a, b, _ = replicas.start(when_abandoned="cancel", abandon_grace_s=0.0)
+    first = await a.open()
+    await a.asked()
+    a.upstream.say(OPENING, HELLO)
+    await read_until(first, "Hello")
+    await come(lambda: replicas.log(first).count == 2)
+    b.store.broken = True
+    a.leave(first)
+    await come(lambda: replicas.log(first).ended)
+    replicas.store.now[named(first).key] = named(first).flight  # as it was a moment ago
+    b.store.broken = False
+    late = await b.open()
+    await b.asked()
+    b.upstream.say(HELLO, WORLD, STOP, DONE)
+    assert text_of(await read_all(late)) == "Hello world"
+    assert late.reader.error is None
+
+
+async def test_who_came_back_and_left_again_has_the_whole_grace_once_more(replicas):
+    a, _, _ = replicas.start(when_abandoned="cancel", abandon_grace_s=IDLE_S)
+    first = await a.open()
+    await a.asked()
+    flight = flight_of(first)
+    a.leave(first)
+    a.leave(await a.resume(first.stream_id))
+    a.flights._graces[flight].cancel()
+    a.flights._still_unread(flight, None)  # as when the grace of the first time is over
+    await some_turns()
+    assert flight.outcome is None
+    assert not a.upstream.closed
+
+
 async def test_who_comes_back_in_time_finds_the_stream_running(replicas):
     a, _, _ = replicas.start(when_abandoned="cancel", abandon_grace_s=IDLE_S)
     first = await a.open()

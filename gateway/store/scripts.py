@@ -253,9 +253,12 @@ elseif other[1] then
     redis.call('PEXPIRE', replaced, kept_ms)
   end
 end
-if not stays then
-  redis.call('HSET', rec, 'v', v, 'at', at, 'meta', meta, 'sse', sse, 'marks', marks, 'body', body, 'flight', flight)
-  redis.call('PEXPIRE', rec, life_ms)
+-- One that comes too late was replayed by its own replica for a moment: who read it there may still resume.
+local own_place = rec .. ':' .. flight
+if not stays or (flight ~= '' and replaced == own_place) then
+  local place = stays and own_place or rec
+  redis.call('HSET', place, 'v', v, 'at', at, 'meta', meta, 'sse', sse, 'marks', marks, 'body', body, 'flight', flight)
+  redis.call('PEXPIRE', place, stays and kept_ms or life_ms)
 end
 if last and not ended then
   if not last.exists then last.count = tonumber(frames) end
