@@ -114,6 +114,8 @@ class Flight:
         self.readers = 0
         self.joins = 0
         """How many readers there ever were."""
+        self.on_read: Callable[[], object] = lambda: None
+        """Called when the first reader has come, or come back."""
         self.on_unread: Callable[[], object] = lambda: None
         """Called when the last reader has gone."""
         self.max_bytes = max_bytes
@@ -279,6 +281,8 @@ class Flight:
         self.readers += 1
         self.joins += 1
         self.followers.add(reader)
+        if self.readers == 1:
+            self.on_read()
 
     def leave(self, reader: Follower) -> None:
         self.readers -= 1

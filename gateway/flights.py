@@ -221,7 +221,8 @@ class Flights:
                 if end == "lost" or await self._takes_over(flight, name, mirror):
                     own_plan = ready
         finally:
-            if own_plan is None:  # else this replica reads on what it now writes, and nobody need wait for the store
+            # Not where this replica reads on: what it now writes itself, or by a mirror that has taken this one's place.
+            if own_plan is None and self._by_name.get(name) in (None, flight):
                 await mirror.leave()
         if own_plan:
             flight.resolve("led")

@@ -34,6 +34,7 @@ class Mirror:
         self._look_s = lease_s / _LOOKS_PER_LEASE
         self._cursor = LOG_START
         self._rung = asyncio.Event()
+        flight.on_read = self._rung.set  # the writer has to know, or it takes the stream for abandoned
         # A lease that is absent before its time was evicted, or lost with a restart of Redis: its holder takes it again.
         self._lease_until_s = asyncio.get_running_loop().time() + trust_s
         self._end: Entry | None = None

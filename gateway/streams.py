@@ -1,5 +1,6 @@
 """Streams after their request: to resume one from any replica, to cancel one for good, and to tell its state."""
 
+import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -31,6 +32,7 @@ from gateway.reader import EventIds, FlightReader, RecordingReader
 from gateway.service import Opened, Service, Tenants
 
 _RESUMED = Disposition("collapsed", "resumed")
+_STORED_SOON_S = 0.02
 _UNKNOWN = "The stream is unknown, or has expired."
 _AWAY = "The store cannot be reached, so nobody can say what is left of the stream."
 
@@ -157,15 +159,23 @@ class Streams:
             raise StoreAway(_AWAY) from None
 
     async def _recording(self, name: LogName) -> Recording:
-        try:
-            recording = await self._store.recording_of(name)
-        except StoreCorrupt:
-            recording = None
-        except StoreError:
-            raise StoreAway(_AWAY) from None
+        recording = await self._stored(name)
+        # Its own replica replays it from the moment that it is complete, and may still be storing it.
+        while recording is None and (await self._peek(name)).lease_s:
+            await asyncio.sleep(_STORED_SOON_S)
+            recording = await self._stored(name)
+        recording = recording or await self._stored(name)
         if recording is None:
             raise StreamNotFound(_UNKNOWN)
         return recording
+
+    async def _stored(self, name: LogName) -> Recording | None:
+        try:
+            return await self._store.recording_of(name)
+        except StoreCorrupt:
+            return None
+        except StoreError:
+            raise StoreAway(_AWAY) from None
 
     def _replay(self, stream: StreamId, recording: Recording, cursor: Cursor, token: str) -> Opened:
         """The rest of a hit, at once, under the identity that it began with."""

@@ -97,9 +97,9 @@ class RedisStore(Logs):
         end: bytes = b"",
     ) -> bool:
         with self._room_for(recording.size_bytes):
-            replaced = LogName(key, FlightId(recording.meta.flight))
+            own = replaced = LogName(key, FlightId(recording.meta.flight))
             for attempt in range(_STORE_TRIES):
-                names = [self._keys.recording(key), self._keys.replaced(replaced)]
+                names = [self._keys.recording(key), self._keys.replaced(replaced), self._keys.replaced(own)]
                 args = [*self._recorded(recording), int(attempt == _STORE_TRIES - 1)]
                 if ends:
                     names += self._ownership(ends)

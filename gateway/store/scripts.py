@@ -233,7 +233,7 @@ return 1
 _STORE = (
     _COMMON
     + """
-local rec, replaced, lease, log, now = unpack(KEYS)
+local rec, replaced, own_place, lease, log, now = unpack(KEYS)
 local v, at, meta, sse, marks, body, flight, life_ms, kept_ms, give_up = unpack(ARGV, 1, 10)
 local log_flight, writer, channel, ending, frames = unpack(ARGV, 11)
 local last = log and last_of(log)
@@ -254,8 +254,7 @@ elseif other[1] then
   end
 end
 -- One that comes too late was replayed by its own replica for a moment: who read it there may still resume.
-local own_place = rec .. ':' .. flight
-if not stays or (flight ~= '' and replaced == own_place) then
+if not stays or flight ~= '' then
   local place = stays and own_place or rec
   redis.call('HSET', place, 'v', v, 'at', at, 'meta', meta, 'sse', sse, 'marks', marks, 'body', body, 'flight', flight)
   redis.call('PEXPIRE', place, stays and kept_ms or life_ms)
