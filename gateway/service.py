@@ -1,5 +1,6 @@
 """One verb: `Service.open` turns a request into a reader and a disposition: key → policy → store → flight → upstream."""
 
+import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from gateway.core.pacing import Pace
 from gateway.core.policy import NO_DIRECTIVES, Directives, Disposition, age_s, remaining_s
 from gateway.core.recording import Identity, Recording
 from gateway.core.stream_id import NO_RUN, StreamId, mint
-from gateway.errors import InvalidRequest, NotCached, ShuttingDown, StoreAway, StoreError, StoreUnavailable
+from gateway.errors import InvalidRequest, NotCached, ShuttingDown, StoreAway, StoreError, StoreUnavailable, StreamCancelled
 from gateway.flight import Flight
 from gateway.flights import Flights
-from gateway.ports import Call, Clock, FlightId, Store, Upstream
+from gateway.ports import Call, Clock, FlightId, LogName, Store, Upstream
 from gateway.pump import Plan
 from gateway.reader import EventIds, FlightReader, Reader, RecordingReader
 
@@ -143,6 +144,7 @@ class Service:
         self._clock = clock
         self.replays: set[RecordingReader] = set()
         """Those that go on."""
+        self._watches: dict[RecordingReader, asyncio.Task[None]] = {}
         # An id must be unlike any other, not hard to guess; asking the system for each would cost a tenth of a hit.
         self._random = random.Random()  # noqa: S311
 
@@ -167,11 +169,16 @@ class Service:
         opened.reader.leave()
         if isinstance(opened.reader, RecordingReader):
             self.replays.discard(opened.reader)
+            if watch := self._watches.pop(opened.reader, None):
+                watch.cancel()
 
     async def close(self) -> None:
         """Ends all running answers with an error that their callers are told."""
         for reader in list(self.replays):
             reader.cut(ShuttingDown("The gateway is shutting down; ask again."))
+        for watch in self._watches.values():
+            watch.cancel()
+        await asyncio.gather(*self._watches.values(), return_exceptions=True)
         await self._flights.close()
 
     def plan_of(self, noted: bytes, headers: Mapping[str, str], key: CacheKey) -> Plan:
@@ -299,8 +306,25 @@ class Service:
         reader = RecordingReader(recording, identity, usage=request.usage, pace=self._rules.pace, clock=self._clock, ids=ids)
         reader.nonce = nonce
         self.replays.add(reader)
+        if token and self._rules.pace.kind != "instant":
+            name = LogName(question.key, FlightId(meta.flight))
+            self._watches[reader] = asyncio.get_running_loop().create_task(self._cut_when_cancelled(reader, name))
         disposition = Disposition("hit", age_s=age_s(meta, now), ttl_s=remaining_s(meta, now))
         return Opened(reader, disposition, question.route.model, question.route.upstream.name, token)
+
+    async def _cut_when_cancelled(self, reader: RecordingReader, name: LogName) -> None:
+        """A replay that takes its time may be cancelled in another replica."""
+        rung = asyncio.Event()
+        try:
+            await self._store.listen(name.flight, rung.set)
+            while reader.nonce not in (await self._store.peek(name)).cancelled:
+                await rung.wait()
+                rung.clear()
+            reader.cut(StreamCancelled("The stream was cancelled."))
+        except StoreError:
+            pass  # then nobody can have cancelled it there
+        finally:
+            self._store.stop_listening(name.flight, rung.set)
 
     def _mint(
         self, question: _Question, kind: StreamKind, flight: FlightId, *, run: str = NO_RUN, created: int = 0

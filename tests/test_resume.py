@@ -647,3 +647,15 @@ async def test_asking_for_the_head_of_a_state_is_allowed(two, upstream):
     stream = id_of(await ask(two.one))
     async with two.one.session.head(f"{two.one.base_url}/streams/{stream}/status") as response:
         assert (response.status, await response.read()) == (200, b"")
+
+
+async def test_a_paced_replay_ends_though_it_is_cancelled_on_another_replica(start_two, upstream):
+    upstream.script = says()
+    two = await start_two(replay={"pace": "fixed", "frames_per_s": 0.01})
+    await ask(two.one)
+    await two.one.landed()
+    async with opened(two.one) as replay:
+        assert "hit" in replay.headers["Cache-Status"]
+        assert (await cancel(two.other, id_of(replay))).status == 200
+        assert b"stream_cancelled" in await replay.read()
+    await until(lambda: not two.one.service._watches)
