@@ -355,7 +355,10 @@ async def test_a_closed_store_leaves_nobody_waiting(backend):
     await asyncio.sleep(0)
     await store.close()
     for result in await asyncio.gather(*tasks, return_exceptions=True):
-        assert result is None or isinstance(result, StoreUnavailable)
+        assert result is None or isinstance(result, StoreUnavailable)  # some are answered before it is closed
+    for patient in (False, True):
+        with pytest.raises(StoreUnavailable):
+            await store.lookup(KEY, "whole", patient=patient)
 
 
 @pytest.mark.parametrize(
