@@ -19,6 +19,7 @@ from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.errors import StoreUnavailable
 from gateway.ports import LOG_START, Appended, LogName, Writer
+from gateway.store.client import Single
 from gateway.store.redis import RedisStore, connect
 
 Open = Callable[..., Any]
@@ -449,6 +450,25 @@ async def test_a_store_whose_server_is_frozen_in_a_large_write_can_be_closed(own
     await store.close()
     with pytest.raises(StoreUnavailable):
         await write
+
+
+async def test_a_write_that_is_given_up_keeps_no_bytes_for_a_frozen_server(own_redis, open_store, monkeypatch):
+    """redis-py closes its side gently, which waits for ever until all is sent."""
+    transports = []
+    connect = Single._connection
+
+    async def seen(self):
+        connection = await connect(self)
+        transports.append(connection._writer.transport)
+        return connection
+
+    monkeypatch.setattr(Single, "_connection", seen)
+    store = await open_store(own_redis.url, command_timeout_s=0.2)
+    await until_stored(store)
+    freeze(own_redis)
+    with pytest.raises(StoreUnavailable):
+        await store.store(KEY, large(4_000_000))
+    assert transports[-1].get_write_buffer_size() == 0
 
 
 async def read_only(admin: Redis) -> None:

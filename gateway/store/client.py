@@ -93,12 +93,13 @@ class Single:
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
         connection = await self._connection()
+        transport = _transport(connection)
         try:
             await connection.send_packed_command([pack_command(command) for command in commands])
             answers = [await _answer(connection) for _ in commands]
         except BaseException:
             # Half an answer may still be on its way, which the next command would take for its own.
-            await _drop(connection)
+            await _drop(connection, transport)
             raise
         self._idle.append(connection)
         return answers
@@ -109,7 +110,7 @@ class Single:
             connection = self._idle.pop()
             if not _is_closed(connection):
                 return connection
-            await _drop(connection)
+            await _drop(connection, _transport(connection))
         connection = await self.extra_connection(0)
         await connection.connect()  # type: ignore[no-untyped-call]
         return connection
@@ -131,9 +132,14 @@ async def _answer(connection: AbstractConnection) -> Any:
         return error
 
 
-async def _drop(connection: AbstractConnection) -> None:
+def _transport(connection: AbstractConnection) -> asyncio.WriteTransport | None:
+    """What is below: to be asked for before a command is sent, since redis-py lets go of it where sending fails."""
+    return getattr(connection._writer, "transport", None)  # noqa: SLF001  # fakeredis' has none
+
+
+async def _drop(connection: AbstractConnection, transport: asyncio.WriteTransport | None) -> None:
     """Closes it at once: a server that takes nothing more would keep a closing one open for ever."""
-    if transport := getattr(connection._writer, "transport", None):  # noqa: SLF001  # fakeredis' has none
+    if transport:
         transport.abort()
     await connection.disconnect(nowait=True)
 
