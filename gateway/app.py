@@ -1,6 +1,7 @@
 """The composition root: the only file that names concrete classes together."""
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import secrets
@@ -12,6 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.admin import Admin
 from gateway.config import (
     FALLBACK_UPSTREAM,
     Config,
@@ -21,20 +23,24 @@ from gateway.config import (
     UpstreamConfig,
 )
 from gateway.core.apis import APIS
-from gateway.core.policy import StoreRules
+from gateway.core.policy import ModelRules, RuleBook
+from gateway.eraser import Eraser
 from gateway.errors import StoreUnavailable
 from gateway.flights import Flights
-from gateway.http import completions, edge, small, streams
+from gateway.http import admin, completions, edge, small, streams
 from gateway.http.relay import Relay
 from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
 from gateway.pump import Rules
-from gateway.service import CacheRules, Service, Tenants
+from gateway.purges import Purges
+from gateway.questions import CacheRules, Questions, Tenants
+from gateway.service import Service
 from gateway.sharing import Terms
 from gateway.store.embedded import EmbeddedServer
 from gateway.store.in_process import in_process_redis
 from gateway.store.redis import RedisStore, connect
 from gateway.streams import Streams
+from gateway.tally import Tally
 from gateway.upstreams.router import Router
 
 log = logging.getLogger(__name__)
@@ -78,6 +84,7 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
         secret=secret.encode() if secret else None,
         lease_s=flights.lease_s,
         resume_s=flights.resume_s,
+        compress_from_bytes=loaded.config.cache.compress_from_bytes,
     )
     return await stack.enter_async_context(store), described
 
@@ -103,24 +110,44 @@ def build_router(loaded: Loaded) -> Router:
     return Router([(upstream, build_upstream(upstream, loaded)) for upstream in configs])
 
 
-def build_app(config: Config, store: Store, router: Router) -> web.Application:
-    """The application over a store and upstreams that are open."""
+def build_app(config: Config, store: RedisStore, router: Router, admin_key: str = "") -> web.Application:
+    """The application over a store and upstreams that are open. Without an ``admin_key`` nobody administers it."""
     clock = SystemClock()
     access_log = AccessLog()
     sinks: list[Sink] = [access_log] if config.log.access else []
     running = edge.Running()
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
     app[RUNNING] = running
-    keep = StoreRules(config.cache.finish_reasons, config.cache.max_recording_bytes)
-    flights = Flights(store, keep, clock, _flight_rules(config), secrets.token_hex)
-    tenants = Tenants(store)
-    app[SERVICE] = Service(router, store, flights, tenants, _cache_rules(config), clock)
-    app[STREAMS] = Streams(app[SERVICE], flights, store, tenants, clock)
+    purges = Purges(store, clock, longest_s=config.flights.total_timeout_s)
+    tally = Tally(store)
+    flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally)
+    tenants, rules = Tenants(store), _cache_rules(config)
+    questions = Questions(router, store, tenants, rules)
+    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
+    app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
+    eraser = Eraser(store, store, router, purges, clock)
+    if admin_key and config.admin.is_open:
+        about = Admin(
+            store,
+            store,
+            questions=questions,
+            router=router,
+            models=rule_book(config),
+            purges=purges,
+            tally=tally,
+            eraser=eraser,
+            clock=clock,
+        )
+        admin.add_routes(app, about, admin_key)
     _add_routes(app, config, store, router)
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
+        await purges.open()
         yield
         await app[SERVICE].close()
+        await eraser.close()
+        await purges.close()
+        await tally.close()
         access_log.flush()
 
     app.cleanup_ctx.append(closing)
@@ -128,14 +155,27 @@ def build_app(config: Config, store: Store, router: Router) -> web.Application:
 
 
 def _cache_rules(config: Config) -> CacheRules:
+    cache = config.cache
     return CacheRules(
-        enabled=config.cache.enabled,
-        shared=config.cache.scope == "shared",
-        ttl_s=config.cache.ttl_s,
-        ignored_paths=config.cache.ignored_paths,
+        shared=cache.scope == "shared",
+        ignored_paths=cache.ignored_paths,
         fresh_identity=config.replay.identity == "fresh",
         pace=config.replay.as_pace(),
+        models=rule_book(config),
+        keep_requests=cache.keep_requests,
+        sample_order=cache.sample_order,
+        sample_seed=cache.sample_seed,
     )
+
+
+def rule_book(config: Config) -> RuleBook:
+    """The rules of ``[cache]`` and of ``[[models]]``."""
+    names = {field.name for field in dataclasses.fields(ModelRules)}
+    default = ModelRules(**{name: value for name, value in config.cache if name in names})
+    models = [(model.names, dict(model)) for model in config.models]
+    if not config.cache.enabled:
+        models = [(names, {**rules, "enabled": False}) for names, rules in models]
+    return RuleBook(default, models)
 
 
 def _flight_rules(config: Config) -> Rules:
@@ -154,10 +194,10 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     timing = completions.Timing(server.head_after_s, server.keepalive_s, server.write_timeout_s)
     own: dict[str, list[str]] = {}
     for api in APIS.values():
-        app.router.add_post(
-            f"/v1/{api.path}", completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
-        )
-        own[api.path] = ["POST"]
+        handler = completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
+        own[api.path] = list(completions.METHODS)
+        for method in completions.METHODS:
+            app.router.add_route(method, f"/v1/{api.path}", handler)
     app.router.add_get("/v1/streams/{id}", streams.resume(app[STREAMS], app[SERVICE], timing), allow_head=False)
     app.router.add_post("/v1/streams/{id}/cancel", streams.cancel(app[STREAMS]))
     app.router.add_get("/v1/streams/{id}/status", streams.status(app[STREAMS]))
@@ -167,7 +207,7 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     app.router.add_get("/v1/models/{model:.+}", models.one)
     own["models"] = ["GET", "HEAD"]
     app.router.add_get("/healthz", small.health(store))
-    app.router.add_get("/openapi.json", small.openapi(server.relay_paths))
+    app.router.add_get("/openapi.json", small.openapi(server.relay_paths, admin=config.admin.is_open))
     app.router.add_get("/", small.root)
     relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
     app.router.add_route("*", "/v1/{path:.*}", relay.handler())
@@ -209,7 +249,7 @@ async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
         for upstream in router.upstreams:
             stack.push_async_callback(upstream.close)
         store, store_described = await open_store(stack, loaded)
-        app = build_app(config, store, router)
+        app = build_app(config, store, router, loaded.secrets.get(config.admin.key_env, ""))
         runner = web.AppRunner(app, shutdown_timeout=_LAST_WORDS_S, **RUNNER_OPTIONS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -234,7 +274,9 @@ async def _drain(site: web.TCPSite, running: edge.Running, grace_s: float) -> No
 def _announcement(runner: web.AppRunner, config: Config, store: str) -> str:
     host, port = next(iter(runner.addresses))[:2]
     base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    return f"listening on {base_url}\ncache: {store if config.cache.enabled else 'off'}\n{describe_upstreams(config)}"
+    cache = f"cache: {store if config.cache.enabled else 'off'}"
+    administration = ["admin: on at /admin/"] if config.admin.is_open else []
+    return "\n".join([f"listening on {base_url}", cache, *administration, describe_upstreams(config)])
 
 
 def describe_upstreams(config: Config) -> str:

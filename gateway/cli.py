@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gateway import __version__
+from gateway import __version__, commands
 from gateway.config import Loaded, load
-from gateway.errors import ConfigError
+from gateway.errors import CommandFailed, ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,18 +23,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        loaded = load(options.config, os.environ, _flags(options))
-        logging.basicConfig(level=loaded.config.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
-        for library in ("httpx2", "openai", "push_response"):
-            logging.getLogger(library).setLevel(logging.WARNING)  # they would tell of every request
-        for warning in loaded.warnings:
-            _say(f"warning: {warning}")
-        run: Callable[[Loaded], int] = options.run
-        return run(loaded)
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
     except ConfigError as error:
         for problem in error.problems:
             _say(f"error: {problem}")
         return 2
+    except CommandFailed as error:
+        _say(f"error: {error}")
+        return error.code
     except OSError as error:
         _say(f"error: {error}")
         return 1
@@ -44,19 +42,31 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("gateway", description="An LLM streaming gateway with a Redis cache.")
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="")
-    serve = commands.add_parser("serve", help="run the service", description="Runs the service until SIGINT or SIGTERM.")
-    check = commands.add_parser(
+    known = parser.add_subparsers(title="commands", dest="command", metavar="")
+    serve = known.add_parser("serve", help="run the service", description="Runs the service until SIGINT or SIGTERM.")
+    check = known.add_parser(
         "check", help="check the configuration", description="Checks the configuration and prints what would run."
     )
     for command, run in ((serve, _serve), (check, _check)):
-        command.set_defaults(run=run)
+        command.set_defaults(run=partial(_run, run))
         command.add_argument(
             "--config", type=Path, metavar="FILE", help="the configuration (default: config.toml, if there is one here)"
         )
         command.add_argument("--host", help="the address to listen on, instead of [server] host")
         command.add_argument("--port", type=int, help="the port to listen on, instead of [server] port; 0: a free one")
+    commands.add_parsers(known)
     return parser
+
+
+def _run(run: Callable[[Loaded], int], options: argparse.Namespace) -> int:
+    """What needs the configuration in full. Raises `ConfigError`."""
+    loaded = load(options.config, os.environ, _flags(options))
+    logging.basicConfig(level=loaded.config.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
+    for library in ("httpx2", "openai", "push_response"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # they would tell of every request
+    for warning in loaded.warnings:
+        _say(f"warning: {warning}")
+    return run(loaded)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

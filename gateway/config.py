@@ -16,6 +16,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from gateway.core.key import MAX_SAMPLES
 from gateway.core.pacing import Pace, PaceKind
 from gateway.errors import ConfigError
 
@@ -38,6 +39,9 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DottedPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
 Variable = Annotated[str, AfterValidator(_is_set)]
 """The name of an environment variable that holds a secret."""
@@ -92,21 +96,34 @@ class RedisConfig(_Section):
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def _never_filtered(reasons: frozenset[str]) -> frozenset[str]:
+    if "content_filter" in reasons:
+        raise ValueError("content_filter is never stored")
+    return reasons
+
+
+FinishReasons = Annotated[frozenset[str], AfterValidator(_never_filtered)]
+Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
+
+
 class CacheConfig(_Section):
     enabled: bool = True
     ttl_s: Seconds = 86_400.0
+    stale_s: SecondsOrZero = 0.0
+    stale_if_error_s: SecondsOrZero = 0.0
     max_recording_bytes: Count = 8_388_608
+    compress_from_bytes: CountOrZero = 4096
+    keep_requests: bool = True
     ignored_paths: tuple[DottedPath, ...] = ()
-    finish_reasons: frozenset[str] = frozenset({"stop", "tool_calls", "function_call", "length"})
+    finish_reasons: FinishReasons = frozenset({"stop", "tool_calls", "function_call", "length"})
+    store_sampled: bool = True
+    sampled_temperature: Temperature = 0.0
+    store_live_data: bool = False
+    samples: Samples = 1
+    sample_order: Literal["turn", "random"] = "turn"
+    sample_seed: int = 0
     scope: Literal["tenant", "shared"] = "tenant"
     key_secret_env: Variable = ""
-
-    @field_validator("finish_reasons")
-    @classmethod
-    def _never_filtered(cls, reasons: frozenset[str]) -> frozenset[str]:
-        if "content_filter" in reasons:
-            raise ValueError("content_filter is never stored")
-        return reasons
 
     @field_validator("key_secret_env")
     @classmethod
@@ -135,6 +152,33 @@ class FlightsConfig(_Section):
     event_ids: bool = False
     idle_timeout_s: Seconds = 600.0
     total_timeout_s: Seconds = 3600.0
+
+
+class AdminConfig(_Section):
+    enabled: bool = True
+    key_env: Variable = ""
+
+    @property
+    def is_open(self) -> bool:
+        return self.enabled and bool(self.key_env)
+
+
+class ModelConfig(_Section):
+    """What holds for some models; None: as in ``[cache]``."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    enabled: bool | None = None
+    ttl_s: Seconds | None = None
+    stale_s: SecondsOrZero | None = None
+    stale_if_error_s: SecondsOrZero | None = None
+    max_recording_bytes: Count | None = None
+    finish_reasons: FinishReasons | None = None
+    store_sampled: bool | None = None
+    sampled_temperature: Temperature | None = None
+    store_live_data: bool | None = None
+    samples: Samples | None = None
+    input_usd_per_million: Dollars | None = None
+    output_usd_per_million: Dollars | None = None
 
 
 class LogConfig(_Section):
@@ -202,7 +246,9 @@ class Config(_Section):
     cache: CacheConfig = CacheConfig()
     flights: FlightsConfig = FlightsConfig()
     replay: ReplayConfig = ReplayConfig()
+    admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
+    models: tuple[ModelConfig, ...] = ()
     upstreams: Annotated[tuple[UpstreamConfig, ...], Field(validate_default=True)] = ()
 
     @field_validator("upstreams")
@@ -384,6 +430,7 @@ def _proxies(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
 
 def _secret_names(config: Config) -> Iterator[str]:
     yield config.cache.key_secret_env
+    yield config.admin.key_env if config.admin.enabled else ""
     for upstream in config.upstreams:
         if isinstance(upstream, OpenAIUpstreamConfig):
             yield upstream.api_key_env

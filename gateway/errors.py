@@ -19,6 +19,8 @@ class GatewayError(Exception):
     status: int = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
+    detail: ClassVar[str] = ""
+    """The word for it in ``Cache-Status``, where it is the cache's."""
 
     def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -40,6 +42,16 @@ class RequestError(GatewayError):
 
 class InvalidRequest(RequestError):
     """The body is not what the API takes."""
+
+
+class Unauthorized(RequestError):
+    """The key that opens this is missing or wrong."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
 
 
 class ModelNotFound(RequestError):
@@ -75,6 +87,13 @@ class UnsupportedMediaType(RequestError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class EntryNotFound(RequestError):
+    """Nothing that loads is stored under this key."""
+
+    status = 404
+    code = "entry_not_found"
 
 
 class UpstreamError(GatewayError):
@@ -196,9 +215,25 @@ class Unavailable(GatewayError):
 
 
 class StoreAway(Unavailable):
-    """The caller allowed only a stored answer, and the store cannot be asked."""
+    """Only the store could answer, and it cannot be asked."""
 
     code = "store_unavailable"
+    detail = "store-unavailable"
+
+
+class PurgeUnfinished(StoreAway):
+    """The store went away during a purge.
+
+    ``marked``: whether the replicas have been told, so that nothing of what is meant is served any more; ``purged`` is how
+    many entries of the ``scanned`` ones are gone.
+    """
+
+    def __init__(self, message: str, *, marked: bool, scanned: int, purged: int) -> None:
+        super().__init__(message)
+        self._progress = {"marked": marked, "scanned": scanned, "purged": purged}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": super().body()["error"] | self._progress}
 
 
 class NotCached(Unavailable):
@@ -206,6 +241,7 @@ class NotCached(Unavailable):
 
     status = 504
     code = "not_cached"
+    detail = "not-cached"
 
 
 class ShuttingDown(Unavailable):
@@ -243,6 +279,13 @@ def retold(what: Mapping[str, Any]) -> GatewayError:
     return Retold(what)
 
 
+def is_outage(error: GatewayError) -> bool:
+    """Whether an upstream could not answer for now, so that a stale answer may stand in (RFC 5861 4): it refused with 429
+    or 5xx, took too long, could not be reached, or broke off.
+    """
+    return isinstance(error, UpstreamError | Retold) and (error.status == 429 or error.status >= 500)
+
+
 class StoreError(Exception):
     """The store's fault. Never reaches a caller: the service counts it and goes on without the store."""
 
@@ -265,3 +308,11 @@ class ConfigError(Exception):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class CommandFailed(Exception):
+    """A command cannot do what it should; ``code`` is its exit code: 1 where it failed, 2 where it was called wrongly."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code

@@ -14,6 +14,7 @@ import orjson
 
 from gateway.core.apis import Api
 from gateway.core.dialects.openai import DONE
+from gateway.core.purge import Labels
 from gateway.core.recording import Frame, MalformedChunk, Recorder, Recording, payload_of
 from gateway.errors import (
     AnswerTooLarge,
@@ -23,7 +24,7 @@ from gateway.errors import (
     UpstreamBroke,
     UpstreamReported,
 )
-from gateway.ports import FlightId, LogName
+from gateway.ports import FlightId, LogName, Served
 
 _MAX_BYTES = 33_554_432
 
@@ -69,7 +70,7 @@ class Flight:
     Past ``max_bytes`` it lets go of what all its readers have read, and of readers that are further behind than that.
     """
 
-    def __init__(  # noqa: PLR0913  # they are what a flight is
+    def __init__(  # noqa: PLR0913, PLR0915  # they are what a flight is
         self,
         api: Api,
         name: LogName | None,
@@ -92,6 +93,18 @@ class Flight:
         """The upstream's, once its head has come."""
         self.recording: Recording | None = None
         """Set between the end of a storable answer and some time after its arrival in the store."""
+        self.why_not = ""
+        """A word for why the answer is not stored, once that is known."""
+        self.kept: bool | None = None
+        """Whether the answer has been stored; None until that is known."""
+        self.served: Served | None = None
+        """Who has answered, where that is another than was asked."""
+        self.labels: Labels | None = None
+        """What a purge may know it by."""
+        self.purged = False
+        """Whether a purge has come since it began: it takes no more readers, and is not stored."""
+        self.background = False
+        """Whether it was begun for the store, and nobody waits for it."""
         self.retired = False
         self.resolution: Resolution | None = None
         """None until it is known."""
@@ -142,7 +155,7 @@ class Flight:
     @property
     def is_joinable(self) -> bool:
         """Whether newcomers may still read it from its beginning to a good end."""
-        return not (self.error or self.overflowed or self.in_doubt)
+        return not (self.error or self.overflowed or self.in_doubt or self.purged)
 
     @property
     def error(self) -> GatewayError | None:
@@ -234,6 +247,21 @@ class Flight:
         """The table lets go of this flight."""
         self.retired = True
         self.wake()
+
+    def keep(self, *, kept: bool, why_not: str = "") -> None:
+        """It is known now whether the answer has been stored."""
+        self.kept = kept
+        self.why_not = why_not or self.why_not
+        self.wake()
+
+    async def is_kept(self, within_s: float) -> bool | None:
+        """Whether the answer of a flight that has ended is stored; None where that does not turn out in time."""
+        deadline = asyncio.get_running_loop().time() + within_s
+        while self.kept is None and not self.retired:
+            left_s = deadline - asyncio.get_running_loop().time()
+            if left_s <= 0 or not await self.changed(left_s):
+                break
+        return self.kept
 
     async def sealed(self) -> Recording | None:
         """The recording of a flight that has ended; None if it is not to be stored."""

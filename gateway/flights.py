@@ -3,27 +3,30 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from gateway.core.apis import Api
 from gateway.core.content import Continuation
 from gateway.core.key import CacheKey
-from gateway.core.policy import StoreRules
-from gateway.core.recording import Meta, Recording, body_spans, parse_chunk
+from gateway.core.purge import Labels, Purge
+from gateway.core.recording import Recording, parse_chunk
 from gateway.errors import (
     GatewayError,
     ShuttingDown,
     StoreError,
     StreamCancelled,
     StreamLost,
-    UpstreamBroke,
 )
 from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome
+from gateway.keeping import may_be_kept, recorded
 from gateway.mirror import Mirror
 from gateway.ports import Clock, FlightId, LogName, Store
 from gateway.pump import Plan, Pump, Rules
+from gateway.purges import Purges
 from gateway.sharing import Shared, Sharing
+from gateway.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,12 @@ NewId = Callable[[int], str]
 Run = Callable[[], Coroutine[Any, Any, None]]
 
 
+def _labels(flight: Flight) -> Labels:
+    """What a purge may know it by now: its flight and the answer's id have come since it was begun."""
+    assert flight.labels  # noqa: S101  # what has none is not asked
+    return flight.labels._replace(flight=flight.id or "", id=flight.recorder.id)
+
+
 def _abandoned() -> Abandoned:
     return Abandoned(StreamCancelled("The stream was ended because nobody was left to read it."))
 
@@ -48,9 +57,13 @@ def _abandoned() -> Abandoned:
 class Flights:
     """The table of flights."""
 
-    def __init__(self, store: Store, keep: StoreRules, clock: Clock, rules: Rules, new_id: NewId) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917  # all that a flight touches
+        self, store: Store, purges: Purges, clock: Clock, rules: Rules, new_id: NewId, tally: Tally
+    ) -> None:
         self._store = store
-        self._keep_rules = keep
+        self._tally = tally
+        self._purges = purges
+        purges.on_learned = self.purge
         self._clock = clock
         self._rules = rules
         self._new_id = new_id
@@ -85,6 +98,7 @@ class Flights:
         name = None if plan.key is None else LogName(plan.key, FlightId(self._new_id(8)))
         # What is not kept, and not joined, is assembled only for a caller who wants it whole.
         flight = self._flight(plan.call.api, name, assemble=name is not None or not plan.call.streamed)
+        flight.labels, flight.background = plan.labels, plan.background
         if plan.key is not None and plan.joinable:
             self._by_key[plan.key] = flight
         self._drive(flight, plan, partial(self._fly, flight, plan))
@@ -108,6 +122,18 @@ class Flights:
         flight.close(Complete())
         flight.retire()
         return flight
+
+    def purge(self, purge: Purge) -> None:
+        """What runs and is meant is not stored, and joined by nobody any more. Its readers have it to its end.
+
+        All of it, whatever the clocks of the replicas say: it began before the purge was known here.
+        """
+        for flight in [*self._tasks, *self._by_key.values()]:
+            if flight.labels and purge.selector.matches(_labels(flight)):
+                flight.purged = True
+                self._forget_key(flight)
+                if shared := self._shared.get(flight):
+                    self._sharing.check_soon(shared)
 
     def listeners(self, flight: Flight) -> int:
         """Readers in other replicas, as far as this one knows."""
@@ -174,8 +200,8 @@ class Flights:
         except StoreError as error:
             log.debug("%r is not claimed: %s", flight, error)
             return True
-        if claimed.landed:
-            self._forget(flight)
+        if claimed.landed or (claimed.follow and plan.background and not flight.readers):
+            self._forget(flight)  # what it would say is there, or another replica is at it
             flight.resolve("landed")
             return False
         if claimed.follow is None or claimed.follow == name.flight:
@@ -188,7 +214,7 @@ class Flights:
             self._by_key[name.key] = known
             flight.resolve("followed")
             return False
-        flight.name = there
+        flight.name, flight.background = there, False
         self._by_name[there] = flight
         flight.resolve("followed")
         return False
@@ -269,6 +295,8 @@ class Flights:
     def _unread(self, flight: Flight, plan: Plan | None) -> None:
         if self._unread_since.get(flight, (0, 0.0))[0] != flight.joins:
             self._unread_since[flight] = flight.joins, asyncio.get_running_loop().time()
+        if flight.background and plan:
+            return
         if flight.dismissed:
             self._check(flight, plan)
         elif flight not in self._graces and not self._worth_finishing(flight, plan):
@@ -292,7 +320,7 @@ class Flights:
         if plan is None or flight.resolution == "followed":
             return False  # somebody else finishes it
         if self._rules.when_abandoned == "finish_if_cacheable":
-            return plan.key is not None and flight.recorder.size_bytes <= self._keep_rules.max_recording_bytes
+            return may_be_kept(flight, plan)
         return self._rules.when_abandoned == "finish"
 
     def _still_unread(self, flight: Flight, plan: Plan | None) -> None:
@@ -339,64 +367,59 @@ class Flights:
             flight.on_unread()  # it may have become too large to be worth finishing
 
     def complete(self, flight: Flight, plan: Plan) -> None:
-        """Ends the log. From here on newcomers find this flight, if no later one has taken its place."""
-        if plan.key is not None:
+        """Ends the log, and seals a recording if the rules allow. From here on newcomers find this flight, if no later one
+        has taken its place.
+        """
+        recording = recorded(flight, plan, self._clock.now())
+        if recording is None:
+            flight.close(Complete())
+            flight.kept = False
+            self._forget(flight)  # nobody who comes now need wait until the others are told
+            return
+        if flight.served:
+            self._forget_key(flight)
+        elif plan.key and not self._is_fenced(flight):
             newest = self._by_key.get(plan.key)
             if newest is None or newest.started_at <= flight.started_at:
                 self._by_key[plan.key] = flight
+        flight.seal(recording)
         flight.close(Complete())
 
     async def keep(self, flight: Flight, plan: Plan) -> None:
-        """Seals and stores a complete answer, if the rules allow."""
+        """Stores the recording of a complete answer, if there is one, and ends the shared log."""
         shared = self._shared.pop(flight, None)
-        if plan.key is None or shared is None:
+        if shared is None:
             return
-        recording = self._recording(flight, plan)
-        if recording is None:
-            self._forget(flight)  # nobody who comes now need wait until the others are told
-        elif not shared.fenced:
-            flight.seal(recording)
+        recording = flight.recording if await self._is_still_wanted(flight) else None
         try:
-            await self._sharing.finish(shared, Complete(), recording)
+            if recording and flight.served and plan.key_of:
+                await self._sharing.finish(shared, Complete())
+                kept = await self._store.store(plan.key_of(flight.served), recording)
+            else:
+                kept = await self._sharing.finish(shared, Complete(), recording)
         except StoreError as error:
             log.debug("not stored: %s", error)
+            flight.keep(kept=False, why_not="store-unavailable")
+            return
+        flight.keep(kept=kept)
+        if kept and recording:
+            self._tally.add(recording.meta.model, "stored")
 
-    def _recording(self, flight: Flight, plan: Plan) -> Recording | None:
-        call, recorder = plan.call, flight.recorder
-        why_not = self._keep_rules.why_not(
-            reasons=recorder.finish_reasons,
-            choices=call.api.choices(call.body),
-            size_bytes=recorder.size_bytes,
-            limits_tokens=call.api.limits_tokens(call.body),
-        )
-        if why_not or flight.overflowed:
-            log.debug("not stored (%s): %r", why_not, flight)
-            return None
-        try:
-            body = flight.whole()
-        except UpstreamBroke as error:
-            log.warning("not stored: %s", error)
-            return None
-        body_id, body_created = body_spans(body)
-        meta = Meta(
-            api=call.api.name,
-            model=str(call.body.get("model")),
-            upstream=plan.upstream.name,
-            started_at=flight.started_at,
-            written_at=self._clock.now(),
-            duration_us=flight.frames[-1].at_us,
-            ttl_s=plan.ttl_s,
-            id=recorder.id,
-            frames=len(flight.frames),
-            finish_reasons=tuple(reason for _, reason in sorted(recorder.finish_reasons.items())),
-            usage=recorder.usage,
-            body_id=body_id,
-            body_created=body_created,
-            whole=not flight.streamed,
-            flight=flight.id or "",
-            runs=tuple(flight.runs) if len(flight.runs) > 1 else (),
-        )
-        return recorder.recording(meta, body)
+    async def _is_still_wanted(self, flight: Flight) -> bool:
+        """Whether no purge has come meanwhile."""
+        if flight.recording and not flight.purged:
+            with suppress(StoreError):
+                await self._purges.refresh()
+        if flight.recording and flight.purged:
+            flight.recording = None
+            flight.keep(kept=False, why_not="purged")
+            self._forget(flight)
+        return not flight.purged
+
+    def _is_fenced(self, flight: Flight) -> bool:
+        """Whether others have taken its log over: then what they say is what newcomers get."""
+        shared = self._shared.get(flight)
+        return shared is not None and shared.fenced
 
     def _retire(self, flight: Flight) -> None:
         self._unread_since.pop(flight, None)
@@ -408,10 +431,13 @@ class Flights:
             # A lookup that left before the recording landed comes back with nothing and looks here next.
             asyncio.get_running_loop().call_later(_LINGER_S, self._forget, flight)
 
+    def _forget_key(self, flight: Flight) -> None:
+        """Nobody finds it by its key any longer."""
+        if flight.name and self._by_key.get(flight.name.key) is flight:
+            del self._by_key[flight.name.key]
+
     def _forget(self, flight: Flight) -> None:
-        if flight.name:
-            if self._by_key.get(flight.name.key) is flight:
-                del self._by_key[flight.name.key]
-            if self._by_name.get(flight.name) is flight:
-                del self._by_name[flight.name]
+        self._forget_key(flight)
+        if flight.name and self._by_name.get(flight.name) is flight:
+            del self._by_name[flight.name]
         flight.retire()

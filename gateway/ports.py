@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, NewType, Protocol
 
 from gateway.core.apis import Api
 from gateway.core.key import CacheKey
-from gateway.core.recording import Recording
+from gateway.core.purge import Purge
+from gateway.core.recording import Meta, Recording
 from gateway.errors import StoreError
 
 
@@ -31,6 +32,13 @@ class Call:
     """Of the caller's headers, those that may go upstream; its credential is among them only where it is meant to be."""
 
 
+class Served(NamedTuple):
+    """Who has answered: an upstream and its own name of the model."""
+
+    upstream: str
+    model: str
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An upstream's answer, once its head is there."""
@@ -44,6 +52,8 @@ class Answer:
     """
     whole: bytes | None = None
     """The JSON body, where the upstream did not stream."""
+    served: Served | None = None
+    """Who has answered, where that is another than was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +213,10 @@ class Peeked:
     """In all replicas together."""
 
 
+Want = Literal["stream", "whole", "meta"]
+"""Which parts of a recording are needed: frames and marks, the body, or neither."""
+
+
 class Store(Protocol):
     """Where recordings, logs and leases live. Every method raises `StoreError` only.
 
@@ -225,7 +239,7 @@ class Store(Protocol):
         """Whether the store answered when it was last asked."""
         ...
 
-    async def lookup(self, key: CacheKey, want: Literal["stream", "whole"], *, patient: bool = False) -> Recording | None:
+    async def lookup(self, key: CacheKey, want: Want, *, patient: bool = False) -> Recording | None:
         """The recording's parts that such a reply needs, or None. ``patient`` waits seconds, not milliseconds."""
         ...
 
@@ -238,7 +252,7 @@ class Store(Protocol):
         writer: Writer | None = None,
         end: bytes = b"",
     ) -> bool:
-        """Writes a recording for its ``ttl_s``; tells whether it did: one of a later-started flight stays.
+        """Writes a recording for its ``ttl_s`` and ``stale_s``; tells whether it did: one of a later-started flight stays.
 
         With ``ends``, the same step ends that log, as `end` does; raises `StoreFenced` and writes nothing where the log
         is another's. A recording that is replaced can still be had by `recording_of`, for ``resume_s``.
@@ -246,6 +260,14 @@ class Store(Protocol):
         ...
 
     async def delete(self, key: CacheKey) -> None: ...
+
+    async def purges(self, after: str) -> tuple[list[Purge], str]:
+        """The purges that were marked after that cursor (`LOG_START`: all that still count), and the cursor behind them."""
+        ...
+
+    async def count(self, counts: Mapping[str, float]) -> None:
+        """Adds to the counters that all replicas share."""
+        ...
 
     async def claim(self, log: LogName, writer: Writer, *, newer_than_us: int = -1) -> Claimed:
         """Looks again, and leads where there is nothing: as hard a deadline as `lookup`.
@@ -305,3 +327,63 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class Listed(NamedTuple):
+    """A stored recording, as a listing shows it."""
+
+    key: CacheKey
+    meta: Meta
+    life_s: float
+    """Until the store lets go of it."""
+    replaced: bool = False
+    """Whether another one has taken its place, and it is kept only for those who resume it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """One stored recording with all its parts."""
+
+    key: CacheKey
+    recording: Recording
+    life_s: float
+    stored_bytes: int
+    """What it takes in the store, compressed as it is."""
+
+
+class Inventory(Protocol):
+    """The recordings of a store as a whole: for those who run it, never on the way of a request.
+
+    Every method raises `StoreError` only.
+    """
+
+    async def page(self, cursor: str = "") -> tuple[list[Listed], str]:
+        """Some of the recordings, and the cursor of the next page; empty behind the last one.
+
+        Over all pages, what is there all the time comes at least once, on every node of a cluster; a page may be empty.
+        What does not load is left out.
+        """
+        ...
+
+    async def inspect(self, key: CacheKey) -> Inspected | None:
+        """Everything of the current recording of a key. Raises `StoreCorrupt`."""
+        ...
+
+    async def erase(self, listed: Sequence[tuple[CacheKey, FlightId]], *, began_by_us: int) -> int:
+        """Deletes recordings, the replaced ones too, and their logs; tells how many recordings went.
+
+        One whose flight began after ``began_by_us`` (Unix time) stays. An empty flight stands for the key's current one.
+        """
+        ...
+
+    async def mark(self, purge: Purge, *, life_s: float) -> None:
+        """Makes a purge known to all replicas, and keeps it known for ``life_s``."""
+        ...
+
+    async def recent(self, limit: int) -> list[CacheKey]:
+        """The keys under which something was stored most recently, the latest first, each once."""
+        ...
+
+    async def counts(self) -> dict[str, float]:
+        """The counters that all replicas share; ``since`` is when the first of them began (Unix seconds)."""
+        ...

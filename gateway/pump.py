@@ -9,9 +9,11 @@ from typing import Literal, Protocol
 from gateway.core.content import Continuation, Diverged
 from gateway.core.dialects.openai import DONE
 from gateway.core.key import CacheKey
+from gateway.core.policy import ModelRules
+from gateway.core.purge import Labels
 from gateway.errors import GatewayError, StreamDiverged, UpstreamBroke, UpstreamTimeout
 from gateway.flight import Flight
-from gateway.ports import Call, Clock, Upstream
+from gateway.ports import Call, Clock, Served, Upstream
 from gateway.sharing import Terms
 
 # A stream that has said [DONE] is read to its end for this long, so that its connection can be used again.
@@ -42,10 +44,33 @@ class Plan:
     key: CacheKey | None
     joinable: bool
     ttl_s: float
+    rules: ModelRules
+    owner: str = ""
+    """Whose answer it is: see `Meta`."""
+    namespace: str = ""
+    tags: tuple[str, ...] = ()
+    sample_of: CacheKey | None = None
+    """The key of the question, where the answer is another sample than the first."""
+    why_not: str = ""
+    """A word for why the answer must not be stored, where that is known from the beginning."""
+    background: bool = False
+    """Whether nobody waits for it: it is to be stored, to replace a stale answer or to be another sample."""
     newer_than_us: int = -1
     """A recording of a flight that began by then was looked at, and would not do."""
     noted: Callable[[], bytes] = bytes
     """What another replica needs of the request to take the flight over."""
+    request: Callable[[], bytes] = bytes
+    """What the recording is to keep of the request."""
+    key_of: Callable[[Served], CacheKey] | None = None
+    """The key of the same question, had it been meant for whoever has served it."""
+
+    @property
+    def labels(self) -> Labels | None:
+        """What a purge may know it by."""
+        if self.key is None:
+            return None
+        model, sample_of = str(self.call.body.get("model")), self.sample_of or ""
+        return Labels(key=self.key, model=model, namespace=self.namespace, tags=self.tags, sample_of=sample_of)
 
 
 class Table(Protocol):
@@ -99,6 +124,7 @@ class Pump:
     async def _ask(self, idle: asyncio.Timeout) -> None:
         flight, plan = self._flight, self._plan
         async with plan.upstream.ask(plan.call) as answer:
+            flight.served = answer.served
             flight.land_head(answer.headers)
             self._table.grown(self._flight)
             if answer.batches is None:

@@ -1,7 +1,8 @@
 """Cursors over logs: what a request holds of an answer, whoever makes it and however it is paced."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 
 import orjson
 
@@ -191,6 +192,11 @@ class FlightReader(_Ending):
             raise self._error
         return self.flight.whole()
 
+    async def outcome(self, within_s: float) -> tuple[bool | None, str]:
+        """Whether the answer is stored, or None where that does not turn out in time; and a word for why not."""
+        kept = await self.flight.is_kept(within_s)
+        return kept, self.flight.why_not
+
     def cut(self, error: GatewayError) -> None:
         self._error = error
         self.flight.followers.discard(self)
@@ -369,6 +375,10 @@ class RecordingReader(_Ending):
             raise self.error
         return body
 
+    async def outcome(self, within_s: float) -> tuple[bool | None, str]:  # noqa: ARG002  # a recording's is known
+        """Nothing was to be stored."""
+        return None, ""
+
     def cut(self, error: GatewayError) -> None:
         """Ends the replay early, with an error that its caller is told."""
         self.error = error
@@ -427,4 +437,79 @@ class RecordingReader(_Ending):
             self._waiter = None
 
 
-Reader = FlightReader | RecordingReader
+class StandIn:
+    """A reader in whose place a stored answer may be read, should the upstream fail before a token was shown."""
+
+    def __init__(
+        self, reader: FlightReader, instead: Callable[[GatewayError], Awaitable[FlightReader | RecordingReader | None]]
+    ) -> None:
+        self.reader: FlightReader | RecordingReader = reader
+        """Whose answer it is by now."""
+        self._instead = instead
+        self._shown = False
+
+    @property
+    def at_end(self) -> bool:
+        return self.reader.at_end
+
+    @property
+    def over(self) -> bool:
+        return self.reader.over
+
+    @property
+    def error(self) -> GatewayError | None:
+        """Why the stream ended early, if it did."""
+        return self.reader.error
+
+    @property
+    def keep_alive(self) -> bytes:
+        return self.reader.keep_alive
+
+    def at_once(self) -> bytes | None:
+        return None
+
+    async def head(self, within_s: float | None) -> Mapping[str, str] | None:
+        """As `FlightReader.head`."""
+        try:
+            return await self.reader.head(within_s)
+        except GatewayError as error:
+            await self._stand_in(error)
+            return await self.reader.head(within_s)
+
+    async def next(self, idle_s: float) -> bytes | None:
+        """As `FlightReader.next`."""
+        data = await self.reader.next(idle_s)
+        if data == b"" and self.reader.error and not self._shown:
+            with suppress(GatewayError):  # then the stream ends with it
+                await self._stand_in(self.reader.error)
+                data = await self.reader.next(idle_s)
+        self._shown = self._shown or bool(data)
+        return data
+
+    def end(self) -> bytes:
+        """The event that ends the stream."""
+        return self.reader.end()
+
+    async def whole(self) -> bytes:
+        """As `FlightReader.whole`."""
+        try:
+            return await self.reader.whole()
+        except GatewayError as error:
+            await self._stand_in(error)
+            return await self.reader.whole()
+
+    async def outcome(self, within_s: float) -> tuple[bool | None, str]:
+        """As `FlightReader.outcome`."""
+        return await self.reader.outcome(within_s)
+
+    async def _stand_in(self, error: GatewayError) -> None:
+        """From here on the stored answer is read. Raises ``error`` where there is none."""
+        instead = await self._instead(error)
+        if instead is None:
+            raise error
+        self.reader.leave()
+        self.reader = instead
+        self._shown = True
+
+
+Reader = FlightReader | RecordingReader | StandIn

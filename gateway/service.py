@@ -2,95 +2,47 @@
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
-import orjson
-
-from gateway.core.apis import APIS, Api, RequestProblem
-from gateway.core.apis.base import IGNORED
-from gateway.core.key import CacheKey, cache_key, tenant_of
-from gateway.core.pacing import Pace
-from gateway.core.policy import NO_DIRECTIVES, Directives, Disposition, age_s, remaining_s
-from gateway.core.recording import Identity, Recording
-from gateway.core.stream_id import NO_RUN, StreamId, mint
-from gateway.errors import InvalidRequest, NotCached, ShuttingDown, StoreAway, StoreError, StoreUnavailable, StreamCancelled
+from gateway.core.key import CacheKey
+from gateway.core.policy import Disposition, ModelRules, age_s, remaining_s, staleness_s
+from gateway.core.recording import Identity, Meta, Recording
+from gateway.core.stream_id import NO_RUN, StreamId, mint, traceable_digits
+from gateway.errors import (
+    GatewayError,
+    NotCached,
+    ShuttingDown,
+    StoreAway,
+    StoreError,
+    StoreUnavailable,
+    StreamCancelled,
+    is_outage,
+)
 from gateway.flight import Flight
 from gateway.flights import Flights
-from gateway.ports import Call, Clock, FlightId, LogName, Store, Upstream
+from gateway.ports import Clock, FlightId, LogName, Store
 from gateway.pump import Plan
-from gateway.reader import EventIds, FlightReader, Reader, RecordingReader
-
-# What a caller identifies itself with. It goes upstream only where the upstream has no key of its own.
-CREDENTIAL_HEADERS = ("authorization", "api-key", "x-api-key", "openai-organization", "openai-project")
-# What may always go upstream: none of it changes the answer.
-FORWARDED_HEADERS = ("traceparent", "tracestate", "x-client-request-id")
-
-
-class Route(Protocol):
-    """Where a request goes."""
-
-    @property
-    def upstream(self) -> Upstream: ...
-
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def ignored_paths(self) -> tuple[str, ...]: ...
-
-
-class Router(Protocol):
-    """Knows which upstream serves a model."""
-
-    def route(self, model: str) -> Route: ...
-
+from gateway.purges import Purges
+from gateway.questions import CacheRules, Question, Questions, Request, Route, of_sample
+from gateway.reader import EventIds, FlightReader, Reader, RecordingReader, StandIn
+from gateway.samples import Samples
+from gateway.tally import Tally
 
 _MISS = Disposition("miss")
-_NOT_GOOD_ENOUGH = Disposition("miss", fwd="request")
-"""What is stored is not what the caller's directives ask for."""
-_MAX_TENANTS = 4096
+_DISABLED = Disposition("bypass", "disabled", fwd="bypass")
+_MAX_TURNS = 4096
 _ANY_TIME_US = 1 << 62
+# A stale answer asks for a fresh one at most so often, in each replica: the model may be down, or another one is at it.
+_REFRESH_EVERY_S = 1.0
 StreamKind = Literal["flight", "hit"]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheRules:
-    """What the configuration says of the cache."""
-
-    enabled: bool
-    shared: bool
-    ttl_s: float
-    ignored_paths: tuple[str, ...]
-    fresh_identity: bool
-    pace: Pace
-
-
-class Request(NamedTuple):
-    """A caller's request, read. ``headers`` are found by their names in lower case."""
-
-    api: Api
-    body: dict[str, Any]
-    headers: Mapping[str, str]
-    directives: Directives = NO_DIRECTIVES
-    event_ids: bool = False
-    """Whether each event of a stream is to say from where to resume after it."""
-
-    @property
-    def streamed(self) -> bool:
-        return self.body.get("stream") is True
-
-    @property
-    def usage(self) -> bool:
-        """Whether the caller asked for usage in the stream."""
-        options = self.body.get("stream_options")
-        return isinstance(options, dict) and options.get("include_usage") is True
-
-
-class Opened(NamedTuple):
-    """A reader over the answer, and what was done to find it."""
+@dataclass(slots=True)
+class Opened:
+    """A reader over the answer, and what was done to find it: that may still change until the head is there."""
 
     reader: Reader
     disposition: Disposition
@@ -98,79 +50,64 @@ class Opened(NamedTuple):
     upstream: str = ""
     stream_id: str = ""
     """By which the stream can be resumed; empty where it cannot."""
-
-
-class Tenants:
-    """Whose entries those of a caller are."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._known: dict[tuple[bytes, tuple[str, ...]], str] = {}
-
-    def owner(self, headers: Mapping[str, str], *, shared: bool) -> str:
-        """A digest of what the caller identified itself with, or a word for all callers together."""
-        if shared:
-            return "shared"
-        asked = self._store.secret, tuple([headers.get(name, "") for name in CREDENTIAL_HEADERS])
-        tenant = self._known.get(asked)
-        if tenant is None:
-            if len(self._known) >= _MAX_TENANTS:
-                self._known.clear()
-            tenant = self._known[asked] = tenant_of(*asked)
-        return tenant
-
-
-class _Question(NamedTuple):
-    """A request that may be answered from the cache: where it goes, whose it is, and its key."""
-
-    request: Request
-    route: Route
-    shared: bool
-    owner: str
-    key: CacheKey
+    ttl_s: float = 0.0
+    """For how long the answer is fresh, once it is stored."""
 
 
 class Service:
     """Answers requests from the store, from a running flight, or from a new one."""
 
     def __init__(  # noqa: PLR0913, PLR0917  # all that an answer may come from
-        self, router: Router, store: Store, flights: Flights, tenants: Tenants, rules: CacheRules, clock: Clock
+        self,
+        questions: Questions,
+        store: Store,
+        flights: Flights,
+        rules: CacheRules,
+        clock: Clock,
+        purges: Purges,
+        tally: Tally,
     ) -> None:
-        self._router = router
+        self._questions = questions
         self._store = store
         self._flights = flights
-        self._tenants = tenants
         self._rules = rules
         self._clock = clock
+        self._purges = purges
+        self._tally = tally
         self.replays: set[RecordingReader] = set()
         """Those that go on."""
         self._watches: dict[RecordingReader, asyncio.Task[None]] = {}
+        self._samples = Samples(store, purges, clock, order=rules.sample_order, seed=rules.sample_seed)
+        self._refreshed: dict[CacheKey, float] = {}
+        """When an answer was last fetched in the background."""
         # An id must be unlike any other, not hard to guess; asking the system for each would cost a tenth of a hit.
         self._random = random.Random()  # noqa: S311
 
     async def open(self, request: Request) -> Opened:
         """Finds the answer, or begins it. The reader must be given back to `leave`. Raises `GatewayError`."""
-        route = self._route(request)
-        directives = request.directives
-        if not self._rules.enabled or directives.no_store:
-            reason = Disposition("bypass", "disabled", fwd="bypass")
-            if self._rules.enabled:
-                reason = Disposition("bypass", "no-store", fwd="request")
-            return self._bypass(request, route, reason)
-        question = self._question(request, route)
-        if directives.no_cache:
-            _check_that_asking_is_allowed(request)
-            flight = self._flights.start(self._plan(question, joinable=False))
-            return self._opened(question, flight, Disposition("miss", "no-cache", fwd="request"))
+        route = self._questions.route(request)
+        rules = self._questions.rules(request, route)
+        if request.directives.no_store or not rules.enabled:
+            return self._bypass(request, route, rules)
+        question = self._questions.question(request, route, rules)
+        if why_not := rules.why_not_ask(request.body):
+            return self._ask(question, Disposition("bypass", why_not, fwd="bypass"), why_not)
+        if rules.samples > 1:
+            question = await self._sample(question)
+        if request.directives.no_cache:
+            return self._ask(question, Disposition("miss", "no-cache", fwd="request"))
         return await self._find(question)
 
     def leave(self, opened: Opened) -> None:
         """The caller has done with its reader."""
-        opened.reader.leave()
-        if isinstance(opened.reader, RecordingReader):
-            self.replays.discard(opened.reader)
-            if watch := self._watches.pop(opened.reader, None):
+        reader = opened.reader.reader if isinstance(opened.reader, StandIn) else opened.reader
+        reader.leave()
+        if isinstance(reader, RecordingReader):
+            self.replays.discard(reader)
+            if watch := self._watches.pop(reader, None):
                 watch.cancel()
+        if opened.model:  # a resumed stream was counted when it was asked for
+            self._count(reader, opened)
 
     async def close(self) -> None:
         """Ends all running answers with an error that their callers are told."""
@@ -181,48 +118,16 @@ class Service:
         await asyncio.gather(*self._watches.values(), return_exceptions=True)
         await self._flights.close()
 
-    def plan_of(self, noted: bytes, headers: Mapping[str, str], key: CacheKey) -> Plan:
-        """How to run a call again, from what was noted of its request. Raises `GatewayError`."""
-        told = orjson.loads(noted)
-        api = APIS[told["api"]]
-        request = Request(api, told["body"], headers)
-        route = self._route(request)
-        return self._plan(_Question(request, route, shared=False, owner="", key=key))
-
-    def _route(self, request: Request) -> Route:
-        try:
-            request.api.validate(request.body)
-        except RequestProblem as problem:
-            raise InvalidRequest(str(problem), param=problem.param) from None
-        return self._router.route(request.body["model"])
-
-    def _question(self, request: Request, route: Route) -> _Question:
-        upstream = route.upstream
-        shared = self._rules.shared and not upstream.passes_credential
-        owner = self._tenants.owner(request.headers, shared=shared)
-        try:
-            key = cache_key(
-                self._store.secret,
-                owner=owner,
-                api=request.api,
-                route=(upstream.name, route.model),
-                body=request.body,
-                ignored=(*self._rules.ignored_paths, *route.ignored_paths),
-            )
-        except RequestProblem as problem:
-            raise InvalidRequest(str(problem), param=problem.param) from None
-        return _Question(request, route, shared, owner, key)
-
-    async def _find(self, question: _Question) -> Opened:
+    async def _find(self, question: Question) -> Opened:
         """In this replica's flights, in the store, or in another replica's flights; else begins one."""
         key, miss, seen_us, tries = question.key, _MISS, -1, 0
         while True:
             # A flight knows better than the store: it is newer, or its recording is still on the way there.
             flight = self._flights.find(key)
-            if flight is None:
+            if flight is None or _is_refresh(flight):
                 recording, miss = await self._lookup(question)
-                if recording and question.request.directives.accept(recording.meta, self._clock.now()):
-                    return self._replay(question, recording)
+                if recording and miss.kind == "hit":
+                    return self._replay_and_refresh(question, recording)
                 if recording:
                     seen_us = int(recording.meta.started_at * 1e6)
                 # Another caller may have begun while this one looked; nothing is awaited between here and the start.
@@ -234,8 +139,8 @@ class Service:
             if tries > 1 or miss.detail:
                 seen_us = _ANY_TIME_US  # what is there cannot be read
 
-    async def _lookup(self, question: _Question) -> tuple[Recording | None, Disposition]:
-        """What is stored, and what to say where it will not do."""
+    async def _lookup(self, question: Question) -> tuple[Recording | None, Disposition]:
+        """What is stored, and a hit, or what to say where it will not do."""
         directives = question.request.directives
         want: Literal["stream", "whole"] = "stream" if question.request.streamed else "whole"
         try:
@@ -246,22 +151,70 @@ class Service:
             return None, Disposition("miss", "store-unavailable")
         except StoreError:
             return None, Disposition("miss", "store-corrupt")
-        return recording, _MISS if recording is None else _NOT_GOOD_ENOUGH
+        return (recording, self._judged(question, recording)) if recording else (None, _MISS)
 
-    async def _start(self, question: _Question, miss: Disposition, seen_us: int) -> Opened | None:
+    def _judged(self, question: Question, recording: Recording) -> Disposition:
+        """A hit, or what to say of a stored answer that will not do."""
+        meta, now = recording.meta, self._clock.now()
+        if self._purges.covers(question.key, meta):
+            return Disposition("miss", "purged")
+        refusal = question.request.directives.refusal(meta, now, question.rules.stale_s)
+        stale = staleness_s(meta, now) > 0
+        if refusal:
+            detail = "" if refusal == "stale" else refusal
+            return Disposition("miss", detail, fwd="stale" if stale else "request")
+        detail = "stale-while-revalidate" if stale and question.request.directives.max_stale_s is None else ""
+        if stale and not detail:
+            detail = "max-stale"
+        return Disposition("hit", detail, age_s=age_s(meta, now), ttl_s=remaining_s(meta, now))
+
+    def _replay_and_refresh(self, question: Question, recording: Recording) -> Opened:
+        meta, now = recording.meta, self._clock.now()
+        if 0 < staleness_s(meta, now) <= question.rules.stale_s:
+            self._fetch(question, int(meta.started_at * 1e6))
+        return self._replay(question, recording, self._judged(question, recording))
+
+    def _fetch(self, question: Question, seen_us: int = -1) -> None:
+        """Begins a call in the background whose answer is stored; over all replicas one at a time."""
+        key, now_s = question.key, self._clock.monotonic()
+        running = self._flights.find(key)
+        if question.request.directives.only_if_cached or (running and running.outcome is None):
+            return
+        if now_s - self._refreshed.get(key, -_REFRESH_EVERY_S) < _REFRESH_EVERY_S:
+            return
+        if len(self._refreshed) >= _MAX_TURNS:
+            self._refreshed.clear()
+        self._refreshed[key] = now_s
+        self._flights.start(self._questions.plan(question, background=True, newer_than_us=seen_us))
+
+    async def _sample(self, question: Question) -> Question:
+        """The sample whose turn it is; where there are fewer than there may be, one more is fetched."""
+        directives, rules = question.request.directives, question.rules
+        chosen = await self._samples.choose(
+            question.key,
+            rules.samples,
+            accept=lambda meta, now: not directives.refusal(meta, now, rules.stale_s),
+            replace=directives.no_cache,
+        )
+        if chosen.missing is not None and not directives.no_cache:
+            self._fetch(of_sample(question, chosen.missing))
+        return of_sample(question, chosen.sample)
+
+    async def _start(self, question: Question, miss: Disposition, seen_us: int) -> Opened | None:
         """Begins a flight, which may turn out to follow another replica's; None where its recording has landed meanwhile."""
         _check_that_asking_is_allowed(question.request)
-        flight = self._flights.start(self._plan(question, newer_than_us=seen_us))
+        flight = self._flights.start(self._questions.plan(question, newer_than_us=seen_us))
         return await self._opened_when_resolved(question, flight, miss)
 
-    async def _join(self, question: _Question, flight: Flight, miss: Disposition) -> Opened | None:
+    async def _join(self, question: Question, flight: Flight, miss: Disposition) -> Opened | None:
         if flight.outcome and (recording := await flight.sealed()):
-            if question.request.directives.accept(recording.meta, self._clock.now()):
-                return self._replay(question, recording)
-            return await self._start(question, _NOT_GOOD_ENOUGH, int(recording.meta.started_at * 1e6))
-        return await self._opened_when_resolved(question, flight, Disposition("collapsed", miss.detail))
+            judged = self._judged(question, recording)
+            if judged.kind == "hit":
+                return self._replay_and_refresh(question, recording)
+            return await self._start(question, judged, int(recording.meta.started_at * 1e6))
+        return await self._opened_when_resolved(question, flight, Disposition("collapsed", miss.detail, fwd=miss.fwd))
 
-    async def _opened_when_resolved(self, question: _Question, flight: Flight, disposition: Disposition) -> Opened | None:
+    async def _opened_when_resolved(self, question: Question, flight: Flight, disposition: Disposition) -> Opened | None:
         """A reader from the first moment, so that nobody takes the flight for abandoned while this caller waits."""
         reader = FlightReader(flight, usage=question.request.usage)
         try:
@@ -273,34 +226,59 @@ class Service:
             reader.leave()
             if not flight.instead:
                 return None
-            return await self._opened_when_resolved(question, flight.instead, Disposition("collapsed", disposition.detail))
+            return await self._opened_when_resolved(question, flight.instead, disposition._replace(kind="collapsed"))
         if resolution == "followed":
-            disposition = Disposition("collapsed", disposition.detail)
-        return self._with_id(question, Opened(reader, disposition, question.route.model, question.route.upstream.name))
+            disposition = disposition._replace(kind="collapsed")
+        return self._unless_it_fails(question, self._opened(question, reader, disposition))
 
-    def _opened(self, question: _Question, flight: Flight, disposition: Disposition) -> Opened:
-        reader = FlightReader(flight, usage=question.request.usage)
-        return self._with_id(question, Opened(reader, disposition, question.route.model, question.route.upstream.name))
+    def _unless_it_fails(self, question: Question, opened: Opened) -> Opened:
+        """The same; but where a stale answer may stand in for a failure, one does."""
+        window_s = question.request.directives.error_window_s(question.rules.stale_if_error_s)
+        if window_s > 0 and isinstance(opened.reader, FlightReader):
+            opened.reader = StandIn(opened.reader, partial(self._stale_instead, question, opened, window_s))
+        return opened
 
-    def _with_id(self, question: _Question, opened: Opened) -> Opened:
-        """The same, with an id by which it can be resumed, if it is a stream of a flight that others may see."""
-        request, reader = question.request, opened.reader
-        if not (request.streamed and isinstance(reader, FlightReader) and reader.flight.name):
-            return opened
-        flight = reader.flight
-        token, _, reader.nonce = self._mint(question, "flight", reader.flight.name.flight, run=flight.run)
-        if request.event_ids:
-            reader.ids = EventIds(token)
-        return opened._replace(stream_id=token)
+    async def _stale_instead(
+        self, question: Question, opened: Opened, window_s: float, error: GatewayError
+    ) -> RecordingReader | None:
+        """A stored answer in the place of an upstream's failure; None where none will do."""
+        if not is_outage(error):
+            return None
+        recording, _ = await self._lookup(question)
+        if recording is None or self._purges.covers(question.key, recording.meta):
+            return None
+        meta, now = recording.meta, self._clock.now()
+        if staleness_s(meta, now) > window_s:
+            return None
+        told = Disposition("stale", "stale-if-error", age_s(meta, now), remaining_s(meta, now), "stale", status=error.status)
+        reader, opened.stream_id = self._reader(question, recording)
+        opened.disposition, opened.ttl_s = told, meta.ttl_s
+        return reader
 
-    def _replay(self, question: _Question, recording: Recording) -> Opened:
+    def _opened(self, question: Question, reader: FlightReader, disposition: Disposition) -> Opened:
+        """With an id by which it can be resumed, if it is a stream of a flight that others may see."""
+        request, flight, route = question.request, reader.flight, question.route
+        opened = Opened(reader, disposition, route.model, route.upstream.name, ttl_s=self._questions.ttl_s(question))
+        if request.streamed and flight.name:
+            opened.stream_id, _, reader.nonce = self._mint(question, "flight", flight.name.flight, run=flight.run)
+            if request.event_ids:
+                reader.ids = EventIds(opened.stream_id)
+        return opened
+
+    def _replay(self, question: Question, recording: Recording, disposition: Disposition) -> Opened:
+        reader, token = self._reader(question, recording)
+        route = question.route
+        return Opened(reader, disposition, route.model, route.upstream.name, token, recording.meta.ttl_s)
+
+    def _reader(self, question: Question, recording: Recording) -> tuple[RecordingReader, str]:
+        """A reader over a recording, and the id by which its stream can be resumed."""
         request, meta, now = question.request, recording.meta, self._clock.now()
         token = nonce = digits = ""
         if request.streamed and meta.flight:
             token, digits, nonce = self._mint(question, "hit", FlightId(meta.flight), created=int(now))
         identity = None
         if self._rules.fresh_identity:
-            digits = digits or f"{self._random.getrandbits(256):064x}"
+            digits = digits or self._digits(meta)
             identity = Identity.fresh(meta.id or request.api.id_prefix, digits, now)
         ids = EventIds(token) if request.event_ids and token else None
         reader = RecordingReader(recording, identity, usage=request.usage, pace=self._rules.pace, clock=self._clock, ids=ids)
@@ -309,8 +287,13 @@ class Service:
         if token and self._rules.pace.kind != "instant":
             name = LogName(question.key, FlightId(meta.flight))
             self._watches[reader] = asyncio.get_running_loop().create_task(self._cut_when_cancelled(reader, name))
-        disposition = Disposition("hit", age_s=age_s(meta, now), ttl_s=remaining_s(meta, now))
-        return Opened(reader, disposition, question.route.model, question.route.upstream.name, token)
+        return reader, token
+
+    def _digits(self, meta: Meta) -> str:
+        """What the fresh id of an answer is made of that cannot be resumed."""
+        if meta.flight:
+            return traceable_digits(self._store.secret, meta.flight, self._random.randbytes(8))
+        return f"{self._random.getrandbits(256):064x}"
 
     async def _cut_when_cancelled(self, reader: RecordingReader, name: LogName) -> None:
         """A replay that takes its time may be cancelled in another replica."""
@@ -327,7 +310,7 @@ class Service:
             self._store.stop_listening(name.flight, rung.set)
 
     def _mint(
-        self, question: _Question, kind: StreamKind, flight: FlightId, *, run: str = NO_RUN, created: int = 0
+        self, question: Question, kind: StreamKind, flight: FlightId, *, run: str = NO_RUN, created: int = 0
     ) -> tuple[str, str, str]:
         """A new stream's id, the digits from which its fresh identity follows, and the reader's name."""
         request, nonce = question.request, self._random.randbytes(8)
@@ -339,39 +322,56 @@ class Service:
         token, digits = mint(self._store.secret, question.owner, stream)
         return token, digits, nonce.hex()
 
-    def _bypass(self, request: Request, route: Route, disposition: Disposition) -> Opened:
+    def _bypass(self, request: Request, route: Route, rules: ModelRules) -> Opened:
+        """Asks the model, and leaves nothing behind."""
         _check_that_asking_is_allowed(request)
-        plan = Plan(self._call(request, route), route.upstream, None, joinable=False, ttl_s=self._rules.ttl_s)
+        told = Disposition("bypass", "no-store", fwd="request") if rules.enabled else _DISABLED
+        plan = Plan(self._questions.call(request, route), route.upstream, None, joinable=False, ttl_s=0.0, rules=rules)
         reader = FlightReader(self._flights.start(plan), usage=request.usage)
-        return Opened(reader, disposition, route.model, route.upstream.name)
+        return Opened(reader, told, route.model, route.upstream.name)
 
-    def _plan(self, question: _Question, *, joinable: bool = True, newer_than_us: int = -1) -> Plan:
-        request, route = question.request, question.route
-        return Plan(
-            self._call(request, route),
-            route.upstream,
-            question.key,
-            joinable=joinable,
-            ttl_s=self._rules.ttl_s,
-            newer_than_us=newer_than_us,
-            noted=partial(_noted, request),
-        )
+    def _ask(self, question: Question, disposition: Disposition, why_not: str = "") -> Opened:
+        """Asks the model, whatever is stored; others neither join nor get the answer where there is a reason why not."""
+        _check_that_asking_is_allowed(question.request)
+        flight = self._flights.start(self._questions.plan(question, joinable=False, why_not=why_not))
+        return self._opened(question, FlightReader(flight, usage=question.request.usage), disposition)
 
-    @staticmethod
-    def _call(request: Request, route: Route) -> Call:
-        names: Sequence[str] = FORWARDED_HEADERS
-        if route.upstream.passes_credential:
-            names = (*FORWARDED_HEADERS, *CREDENTIAL_HEADERS)
-        headers = {name: request.headers[name] for name in names if name in request.headers}
-        return Call(request.api, {**request.body, "model": route.model}, request.streamed, headers)
+    def _count(self, reader: FlightReader | RecordingReader, opened: Opened) -> None:
+        """Adds to what the administrator is told of a model."""
+        disposition, model, add = opened.disposition, opened.model, self._tally.add
+        add(model, _COUNTED[disposition.kind])
+        if isinstance(reader, RecordingReader):
+            meta = reader.recording.meta
+            if disposition.ttl_s < 0:
+                add(model, "stale")
+            _add_saved(add, model, meta.usage, meta.duration_us)
+        elif reader.error:
+            add(model, "errors")
+        elif disposition.kind == "collapsed" and reader.flight.frames:
+            _add_saved(add, model, reader.flight.recorder.usage, reader.flight.frames[-1].at_us)
+
+
+_COUNTED = {"hit": "hits", "miss": "misses", "collapsed": "collapsed", "bypass": "bypassed", "stale": "hits"}
+
+
+_SAVED = (("saved_prompt_tokens", "prompt_tokens"), ("saved_completion_tokens", "completion_tokens"))
+
+
+def _add_saved(
+    add: Callable[[str, str, float], None], model: str, usage: Mapping[str, Any] | None, duration_us: int
+) -> None:
+    """What a caller got without a call of its own."""
+    add(model, "saved_seconds", duration_us / 1e6)
+    for counted, name in _SAVED if usage else ():
+        if isinstance(tokens := (usage or {}).get(name), int):
+            add(model, counted, tokens)
+
+
+def _is_refresh(flight: Flight) -> bool:
+    """Whether it only fetches what will be stored: while it runs, a stale answer may do."""
+    return flight.background and flight.outcome is None
 
 
 def _check_that_asking_is_allowed(request: Request) -> None:
     if request.directives.only_if_cached:
         raise NotCached("The answer is not in the cache, and only-if-cached forbids to ask the model.")
-
-
-def _noted(request: Request) -> bytes:
-    """What another replica needs to run the call again: nothing that is the caller's own business, and no credential."""
-    body = {name: value for name, value in request.body.items() if name not in IGNORED}
-    return orjson.dumps({"api": request.api.name, "body": body})

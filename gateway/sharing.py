@@ -196,17 +196,24 @@ class Sharing:
         if not shared.fenced:
             self._learn(shared, (await self._append([shared]))[0])
 
-    async def finish(self, shared: Shared, outcome: Outcome, recording: Recording | None = None) -> None:
-        """Ends the log, with all frames in it; together with its recording, if there is one. Raises `StoreError`."""
+    def check_soon(self, shared: Shared) -> None:
+        """The store is to know at once what has changed about the flight."""
+        self._hurry(shared, 0.0)
+
+    async def finish(self, shared: Shared, outcome: Outcome, recording: Recording | None = None) -> bool:
+        """Ends the log, with all frames in it, together with its recording, if there is one; tells whether that is stored.
+
+        Raises `StoreError`.
+        """
         self._forget(shared)
         try:
             await self._append_rest(shared, certain=recording is None)
             name, writer, end = shared.name, shared.writer, _ended(outcome)
             if recording:
-                await self._store.store(name.key, recording, ends=name, writer=writer, end=end)
-            else:
-                body = shared.flight.whole() if isinstance(outcome, Complete) and not shared.flight.streamed else b""
-                await self._store.end(name, writer, end, body=body)
+                return await self._store.store(name.key, recording, ends=name, writer=writer, end=end)
+            body = shared.flight.whole() if isinstance(outcome, Complete) and not shared.flight.streamed else b""
+            await self._store.end(name, writer, end, body=body)
+            return False
         finally:
             shared.flight.followers.discard(shared)
 

@@ -28,8 +28,10 @@ from gateway.flight import Complete, Failed, Flight
 from gateway.flights import Flights
 from gateway.ports import Clock, FlightId, LogName, Peeked, Store
 from gateway.pump import Plan
+from gateway.purges import Purges
+from gateway.questions import Questions, Tenants
 from gateway.reader import EventIds, FlightReader, RecordingReader
-from gateway.service import Opened, Service, Tenants
+from gateway.service import Opened, Service
 
 _RESUMED = Disposition("collapsed", "resumed")
 _STORED_SOON_S = 0.02
@@ -40,12 +42,23 @@ _AWAY = "The store cannot be reached, so nobody can say what is left of the stre
 class Streams:
     """What can be done with a stream by its id. Every method raises `StreamNotFound` for an id that is not the caller's."""
 
-    def __init__(self, service: Service, flights: Flights, store: Store, tenants: Tenants, clock: Clock) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917  # all that a stream may be left in
+        self,
+        service: Service,
+        questions: Questions,
+        flights: Flights,
+        store: Store,
+        tenants: Tenants,
+        clock: Clock,
+        purges: Purges,
+    ) -> None:
         self._service = service
+        self._questions = questions
         self._flights = flights
         self._store = store
         self._tenants = tenants
         self._clock = clock
+        self._purges = purges
 
     async def resume(self, token: str, cursor: Cursor, headers: Mapping[str, str]) -> Opened | None:
         """A reader from the cursor on; None where there is nothing more for this reader. Raises `GatewayError`."""
@@ -150,7 +163,7 @@ class Streams:
     def _plan(self, noted: bytes, name: LogName, headers: Mapping[str, str]) -> Plan:
         if not noted:
             raise StreamLost("Who ran the call is gone, and what was asked is not known any more.")
-        return self._service.plan_of(noted, headers, name.key)
+        return self._questions.plan_of(noted, headers, name.key)
 
     async def _peek(self, name: LogName) -> Peeked:
         try:
@@ -165,7 +178,7 @@ class Streams:
             await asyncio.sleep(_STORED_SOON_S)
             recording = await self._stored(name)
         recording = recording or await self._stored(name)
-        if recording is None:
+        if recording is None or self._purges.covers(name.key, recording.meta):
             raise StreamNotFound(_UNKNOWN)
         return recording
 

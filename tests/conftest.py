@@ -84,8 +84,9 @@ async def start_gateway(
                 values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
             empty = tmp_path / "empty.toml"
             empty.touch()
-            upstreams = {"GATEWAY_UPSTREAMS": json.dumps(values.pop("upstreams"))}
-            loaded = load(empty, {**upstreams, **(environ or {})}, values)
+            lists = {name: json.dumps(values.pop(name)) for name in ("models", "upstreams") if name in values}
+            variables = {f"GATEWAY_{name.upper()}": text for name, text in lists.items()}
+            loaded = load(empty, {**variables, **(environ or {})}, values)
             return await run_gateway(stack, loaded)
 
         yield start

@@ -9,9 +9,25 @@ from typing import Any
 import orjson
 
 from gateway.core.key import CacheKey
+from gateway.core.purge import Purge
 from gateway.core.recording import Recording
 from gateway.errors import GatewayError, StoreError, StoreFenced, StoreUnavailable
-from gateway.ports import Answer, Appended, Batch, Call, Claimed, Entry, FlightId, LogName, Page, Peeked, Writer
+from gateway.ports import (
+    Answer,
+    Appended,
+    Batch,
+    Call,
+    Claimed,
+    Entry,
+    FlightId,
+    Inspected,
+    Listed,
+    LogName,
+    Page,
+    Peeked,
+    Served,
+    Writer,
+)
 
 
 class FakeClock:
@@ -93,6 +109,10 @@ class FakeStore:
         self.now: dict[str, FlightId] = {}
         self.rings: dict[FlightId, list[Callable[[], object]]] = {}
         self.told: dict[str, Callable[[FlightId], object]] = {}
+        self.marked: list[Purge] = []
+        self.counted: dict[str, float] = {}
+        self.noted: dict[str, None] = {}
+        self.page_size = 100
         self.lookups = self.claims = self.appends = self.reads = 0
         self.broken = False
         self.lease_s = 60.0
@@ -102,7 +122,7 @@ class FakeStore:
 
     def replica_of(self, replica: str) -> "FakeStore":
         other = FakeStore(replica)
-        for shared in ("recordings", "replaced", "logs", "now", "rings", "told"):
+        for shared in ("recordings", "replaced", "logs", "now", "rings", "told", "marked", "counted", "noted"):
             setattr(other, shared, getattr(self, shared))
         return other
 
@@ -149,10 +169,71 @@ class FakeStore:
         if old:
             self.replaced[LogName(CacheKey(key), FlightId(old.meta.flight))] = old
         self.recordings[key] = recording
+        self.noted.pop(key, None)
+        self.noted[key] = None
         return True
 
     async def delete(self, key: str) -> None:
         self.recordings.pop(key, None)
+
+    async def purges(self, after: str) -> tuple[list[Purge], str]:
+        self._check()
+        return self.marked[int(after.partition("-")[0]) :], f"{len(self.marked)}-0"
+
+    async def mark(self, purge: Purge, *, life_s: float) -> None:
+        self._check()
+        self.marked.append(purge)
+
+    async def count(self, counts: Mapping[str, float]) -> None:
+        self._check()
+        for name, by in counts.items():
+            self.counted[name] = self.counted.get(name, 0) + by
+
+    async def counts(self) -> dict[str, float]:
+        self._check()
+        return {"since": FakeClock().now(), **self.counted} if self.counted else {}
+
+    async def recent(self, limit: int) -> list[CacheKey]:
+        self._check()
+        return [CacheKey(key) for key in reversed(self.noted)][:limit]
+
+    async def page(self, cursor: str = "") -> tuple[list[Listed], str]:
+        """In the order of names, so that what comes and goes between pages moves nothing else."""
+        self._check()
+        found = [(key, recording, False) for key, recording in self.recordings.items()]
+        found += [(log.key, recording, True) for log, recording in self.replaced.items()]
+        named = {f"{key} {recording.meta.flight}": (key, recording.meta, replaced) for key, recording, replaced in found}
+        names = [name for name in sorted(named) if name > cursor]
+        listed = [
+            Listed(CacheKey(key), meta, meta.ttl_s + meta.stale_s, replaced)
+            for key, meta, replaced in map(named.__getitem__, names[: self.page_size])
+        ]
+        return listed, names[self.page_size - 1] if len(names) > self.page_size else ""
+
+    async def inspect(self, key: CacheKey) -> Inspected | None:
+        self._check()
+        found = self.recordings.get(key)
+        return found and Inspected(key, found, found.meta.ttl_s + found.meta.stale_s, found.size_bytes)
+
+    async def erase(self, listed: Sequence[tuple[CacheKey, FlightId]], *, began_by_us: int) -> int:
+        self._check()
+        return sum(self._erase(LogName(*each), began_by_us) for each in listed)
+
+    def _erase(self, log: LogName, began_by_us: int) -> int:
+        stored = self.recordings.get(log.key)
+        if stored and not log.flight:
+            log = log._replace(flight=FlightId(stored.meta.flight))
+        found = [stored] if stored and stored.meta.flight == log.flight else []
+        found += [self.replaced[log]] if log in self.replaced else []
+        if any(int(recording.meta.started_at * 1e6) > began_by_us for recording in found):
+            return 0
+        if stored in found:
+            del self.recordings[log.key]
+        self.replaced.pop(log, None)
+        left = self.logs.get(log)
+        if left and left.ended and not left.owner:
+            left.lose()
+        return len(found)
 
     async def claim(self, log: LogName, writer: Writer, *, newer_than_us: int = -1) -> Claimed:
         self.claims += 1
@@ -299,6 +380,7 @@ class HandUpstream:
         self.calls: list[Call] = []
         self.closed = 0
         self.headless = False
+        self.served: Served | None = None
         self._heads: list[asyncio.Future[None]] = []
         self._queues: list[asyncio.Queue[list[bytes] | BaseException | None]] = []
 
@@ -328,7 +410,7 @@ class HandUpstream:
         try:
             if self.headless:
                 await head
-            yield Answer({}, batches=self._batches(queue))
+            yield Answer({}, batches=self._batches(queue), served=self.served)
         finally:
             self.closed += 1
 

@@ -211,7 +211,7 @@ async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
     for each in router.upstreams:
         stack.push_async_callback(each.close)
     store, _ = await open_store(stack, loaded)
-    app = build_app(loaded.config, store, router)
+    app = build_app(loaded.config, store, router, loaded.secrets.get(loaded.config.admin.key_env, ""))
     runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)

@@ -12,6 +12,7 @@ from gateway.config import (
     FALLBACK_UPSTREAM,
     Config,
     LangChainUpstreamConfig,
+    ModelConfig,
     OpenAIUpstreamConfig,
     SimulatedUpstreamConfig,
     load,
@@ -19,17 +20,19 @@ from gateway.config import (
 from gateway.errors import ConfigError
 
 CONFIG_TOML = Path(__file__).parents[1] / "config.toml"
-SECTIONS = [name for name in Config.model_fields if name != "upstreams"]
+SECTIONS = [name for name in Config.model_fields if name not in ("models", "upstreams")]
 KEYS = [(section, key) for section in SECTIONS for key in Config.model_fields[section].annotation.model_fields]
 KINDS = [OpenAIUpstreamConfig, LangChainUpstreamConfig, SimulatedUpstreamConfig]
 OTHER_VALUES = {
     ("redis", "url"): "redis://elsewhere:6380/1",
     ("redis", "protocol"): 2,
     ("cache", "scope"): "shared",
+    ("cache", "sample_order"): "random",
     ("cache", "key_secret_env"): "KEY_SECRET",
     ("flights", "when_abandoned"): "cancel",
     ("replay", "pace"): "fixed",
     ("replay", "identity"): "original",
+    ("admin", "key_env"): "KEY_SECRET",
     ("log", "level"): "debug",
     ("server", "relay_upstream"): "other",
 }
@@ -92,6 +95,38 @@ def test_the_examples_in_config_toml_name_every_key_of_each_kind_at_its_default(
         assert set(example) == set(model.model_fields)
         required = {name: example[name] for name, field in model.model_fields.items() if field.is_required()}
         assert model(**example) == model(**required)
+
+
+def test_the_example_of_a_model_names_every_key_and_what_holds_without_it():
+    examples = tomllib.loads("\n".join(re.findall(r"^#(\[\[.*|\w+ = .*)$", CONFIG_TOML.read_text("utf-8"), re.MULTILINE)))
+    [model] = examples["models"]
+    assert set(model) == set(ModelConfig.model_fields)
+    cache = Config().cache
+    assert {key: getattr(cache, key) for key in model if hasattr(cache, key)} == {
+        key: value for key, value in vars(ModelConfig(**model)).items() if hasattr(cache, key)
+    }
+
+
+def test_models_from_the_environment():
+    environ = {"GATEWAY_MODELS": '[{"names": ["gpt-*"], "ttl_s": 5, "samples": 3}]'}
+    (model,) = load(None, environ).config.models
+    assert (model.names, model.ttl_s, model.samples, model.stale_s) == (("gpt-*",), 5, 3, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ({}, "models.0.names: is missing"),
+        ({"names": []}, "models.0.names: "),
+        ({"names": ["a"], "samples": 65}, "models.0.samples: "),
+        ({"names": ["a"], "ttl_s": 0}, "models.0.ttl_s: "),
+        ({"names": ["a"], "ttl": 5}, "models.0.ttl: is not a key of the configuration"),
+        ({"names": ["a"], "finish_reasons": ["content_filter"]}, "models.0.finish_reasons: content_filter is never stored"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_told_by_its_path(model, problem):
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        load(None, {"GATEWAY_MODELS": json.dumps([model])})
 
 
 def test_every_line_with_a_key_in_config_toml_explains_it():

@@ -1,21 +1,21 @@
 """Interleavings of readers, pump and store: no sockets, no sleeps; the test's hand is the upstream."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator
 
 import pytest
-from fakes import FakeClock, FakeStore, HandUpstream
+from cores import Core
+from fakes import FakeClock, FakeStore
 from scripted import USAGE, chunk
 
 from gateway.core.apis import CHAT
+from gateway.core.controls import Controls
 from gateway.core.pacing import Pace
-from gateway.core.policy import Directives, StoreRules
+from gateway.core.policy import Directives
 from gateway.errors import NotCached, ShuttingDown, UpstreamBroke, UpstreamRefused, UpstreamReported
-from gateway.flights import Flights, Rules
+from gateway.questions import Request
 from gateway.reader import FlightReader, RecordingReader
-from gateway.service import CacheRules, Opened, Request, Service, Tenants
-from gateway.upstreams.router import Route
+from gateway.service import Opened
 
 IDLE_S = 30.0
 DONE = b"[DONE]"
@@ -26,28 +26,17 @@ STOP = chunk({}, "stop")
 TAIL = {**chunk({}), "choices": [], "usage": USAGE}
 
 
-class OneRoute:
-    def __init__(self, upstream: HandUpstream) -> None:
-        self._upstream = upstream
-
-    def route(self, model: str) -> Route:
-        return Route(self._upstream, model)
-
-
 class Bench:
     """A service whose ports are all in the test's hand."""
 
     def __init__(self, pace: Pace) -> None:
-        self.clock, self.store, self.upstream = FakeClock(), FakeStore(), HandUpstream()
-        keep = StoreRules(frozenset({"stop", "tool_calls"}), max_recording_bytes=100_000)
-        self.flights = Flights(self.store, keep, self.clock, Rules(), secrets.token_hex)
-        cache = CacheRules(enabled=True, shared=True, ttl_s=60, ignored_paths=(), fresh_identity=False, pace=pace)
-        tenants = Tenants(self.store)
-        self.service = Service(OneRoute(self.upstream), self.store, self.flights, tenants, cache, self.clock)
+        self.clock, self.store = FakeClock(), FakeStore()
+        self.core = Core(self.store, self.clock, cache={"pace": pace})
+        self.flights, self.service, self.upstream = self.core.flights, self.core.service, self.core.upstream
 
     async def open(self, *, stream: bool = True, control: str = "", **members: object) -> Opened:
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream, **members}
-        return await self.service.open(Request(CHAT, body, {}, Directives.parse(control)))
+        return await self.service.open(Request(CHAT, body, {}, Controls(Directives.parse(control))))
 
     async def asked(self, calls: int = 1) -> None:
         """Lets the pump run until the upstream has been called so often."""
@@ -64,7 +53,7 @@ class Bench:
 async def bench(no_task_is_left: None) -> AsyncIterator[Bench]:
     bench = Bench(Pace())
     yield bench
-    await bench.service.close()
+    await bench.core.close()
 
 
 async def read_all(opened: Opened) -> bytes:
@@ -305,7 +294,7 @@ async def test_closing_tells_every_reader(bench):
     await bench.asked()
     bench.upstream.say(HELLO)
     await opened.reader.next(IDLE_S)
-    await bench.service.close()
+    await bench.core.close()
     assert await opened.reader.next(IDLE_S) == b""
     assert isinstance(opened.reader.error, ShuttingDown)
     with pytest.raises(ShuttingDown):
@@ -359,7 +348,7 @@ async def test_a_paced_replay_sends_each_frame_when_it_is_due_and_all_that_are_d
     bench.clock.time_s += 1
     assert (await reader.next(IDLE_S) or b"").count(b"data: ") == 2
     assert reader.at_end
-    await bench.service.close()
+    await bench.core.close()
 
 
 async def test_an_interrupted_replay_ends_with_an_error():
@@ -372,7 +361,7 @@ async def test_an_interrupted_replay_ends_with_an_error():
     streamed, whole = await bench.open(), await bench.open(stream=False)
     waiting = [asyncio.ensure_future(streamed.reader.next(IDLE_S)), asyncio.ensure_future(whole.reader.whole())]
     await asyncio.sleep(0)
-    await bench.service.close()
+    await bench.core.close()
     data, error = await asyncio.gather(*waiting, return_exceptions=True)
     assert data == b""
     assert isinstance(streamed.reader.error, ShuttingDown)
@@ -381,7 +370,7 @@ async def test_an_interrupted_replay_ends_with_an_error():
 
 async def test_closing_tells_even_those_whose_flight_has_not_yet_begun(bench):
     opened = await bench.open()
-    await bench.service.close()
+    await bench.core.close()
     assert await opened.reader.next(IDLE_S) == b""
     assert isinstance(opened.reader.error, ShuttingDown)
     assert (await bench.open()).disposition.kind == "miss"

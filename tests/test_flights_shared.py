@@ -2,20 +2,20 @@
 
 import asyncio
 import json
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
-from fakes import FakeClock, FakeLog, FakeStore, HandUpstream
+from cores import Core
+from fakes import FakeClock, FakeLog, FakeStore
 from scripted import USAGE, chunk
 
 from gateway import mirror, sharing
 from gateway.core.apis import CHAT
+from gateway.core.controls import Controls
 from gateway.core.dialects.openai import END
-from gateway.core.pacing import Pace
-from gateway.core.policy import Directives, StoreRules
+from gateway.core.policy import Directives
 from gateway.core.stream_id import Cursor
 from gateway.errors import (
     GatewayError,
@@ -26,13 +26,12 @@ from gateway.errors import (
     UpstreamReported,
 )
 from gateway.flight import Flight
-from gateway.flights import Flights, Rules
+from gateway.flights import Rules
 from gateway.ports import LogName
+from gateway.questions import Request
 from gateway.reader import FlightReader
-from gateway.service import CacheRules, Opened, Request, Service, Tenants
+from gateway.service import Opened
 from gateway.sharing import Terms
-from gateway.streams import Streams
-from gateway.upstreams.router import Route
 
 # Nothing takes that long: it is what tells a hang from a slow machine.
 IDLE_S = 5.0
@@ -49,32 +48,20 @@ MODES = pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole
 RUNS_OUT_S = 1e-6
 
 
-class OneRoute:
-    def __init__(self, upstream: HandUpstream) -> None:
-        self._upstream = upstream
-
-    def route(self, model: str) -> Route:
-        return Route(self._upstream, model)
-
-
 class Replica:
     """A gateway on a store that it shares with others, and an upstream that only it asks."""
 
     def __init__(self, store: FakeStore, clock: FakeClock, rules: Rules, *, shared: bool) -> None:
-        self.store, self.clock, self.upstream = store, clock, HandUpstream()
+        self.store, self.clock = store, clock
+        self.core = core = Core(store, clock, rules=rules, cache={"shared": shared})
+        self.flights, self.service, self.streams, self.upstream = core.flights, core.service, core.streams, core.upstream
         self.upstream.passes_credential = not shared
-        keep = StoreRules(frozenset({"stop", "tool_calls"}), max_recording_bytes=100_000)
-        self.flights = Flights(store, keep, clock, rules, secrets.token_hex)
-        cache = CacheRules(enabled=True, shared=shared, ttl_s=60, ignored_paths=(), fresh_identity=False, pace=Pace())
-        tenants = Tenants(store)
-        self.service = Service(OneRoute(self.upstream), store, self.flights, tenants, cache, clock)
-        self.streams = Streams(self.service, self.flights, store, tenants, clock)
 
     async def open(
         self, *, stream: bool = True, control: str = "", headers: dict[str, str] | None = None, **members: object
     ) -> Opened:
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream, **members}
-        return await self.service.open(Request(CHAT, body, headers or {}, Directives.parse(control)))
+        return await self.service.open(Request(CHAT, body, headers or {}, Controls(Directives.parse(control))))
 
     def leave(self, opened: Opened) -> None:
         self.service.leave(opened)
@@ -212,7 +199,7 @@ async def replicas(no_task_is_left: None) -> AsyncIterator[Replicas]:
     replicas = Replicas()
     yield replicas
     for replica in replicas.all:
-        await replica.service.close()
+        await replica.core.close()
 
 
 async def together(*waiting: Awaitable[Any]) -> list[Any]:

@@ -48,8 +48,8 @@ BODIES = [
 ]  # fmt: skip
 
 
-def schema(name):
-    return Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]})
+def schema(name, document=DOCUMENT):
+    return Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": document["components"]})
 
 
 def accepts(api, body):
@@ -60,8 +60,8 @@ def accepts(api, body):
     return True
 
 
-def operations():
-    for path, item in DOCUMENT["paths"].items():
+def operations(document=DOCUMENT):
+    for path, item in document["paths"].items():
         for method in item.keys() - {"parameters"}:
             yield f"{method.upper()} {path}", item[method]
 
@@ -94,6 +94,23 @@ def test_the_document_names_the_version_and_the_configured_relays():
     OpenAPIV31SpecValidator(changed).validate()
 
 
+def test_the_administration_belongs_to_the_document_only_where_it_is_on():
+    administered = document("1.2.3", admin=True)
+    OpenAPIV31SpecValidator(orjson.loads(orjson.dumps(administered))).validate()
+    added = {name: operation for name, operation in operations(administered) if name not in dict(operations())}
+    assert sorted(added) == [
+        "DELETE /admin/entries/{key}",
+        "GET /admin/",
+        "GET /admin/entries",
+        "GET /admin/entries/{key}",
+        "GET /admin/stats",
+        "POST /admin/explain",
+        "POST /admin/purge",
+    ]
+    assert all(operation["security"] == [{"admin": []}] and "401" in operation["responses"] for operation in added.values())
+    assert "admin" not in orjson.dumps(DOCUMENT).decode()
+
+
 @pytest.mark.parametrize(("api", "body"), BODIES, ids=lambda value: getattr(value, "name", None) or repr(value))
 def test_the_schemas_of_requests_agree_with_what_the_gateway_accepts(api, body):
     name = {"chat": "ChatCompletionRequest", "completions": "CompletionRequest"}[api.name]
@@ -104,7 +121,13 @@ def test_the_schemas_of_requests_agree_with_what_the_gateway_accepts(api, body):
 def test_an_answered_operation_has_both_forms_their_headers_and_every_error_of_the_gateway(api):
     responses = DOCUMENT["paths"][f"/v1/{api.path}"]["post"]["responses"]
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
-    assert set(responses["200"]["headers"]) == {"Cache-Status", "Age", "Gateway-Stream-Id", "X-Request-Id"}
+    assert set(responses["200"]["headers"]) == {
+        "Cache-Status",
+        "Age",
+        "Cache-Control",
+        "Gateway-Stream-Id",
+        "X-Request-Id",
+    }
     faults = [InvalidRequest, ModelNotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType]
     faults += [UpstreamUnreachable, Unavailable, UpstreamTimeout]
     assert {*responses} == {"200", "default"} | {str(fault.status) for fault in faults}

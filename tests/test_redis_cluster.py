@@ -1,6 +1,7 @@
 """A Redis Cluster: keys on several nodes, slots that move, nodes that die. `test_store_logs` runs on one as well."""
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, suppress
@@ -15,8 +16,9 @@ from stores import LOG, RECORDING, batch, begun, nothing_unnoticed, until
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
+from gateway.core.purge import Purge, Selector
 from gateway.errors import ConfigError, StoreError, StoreUnavailable
-from gateway.ports import LOG_START, Appended, LogName, Writer
+from gateway.ports import LOG_START, Appended, FlightId, Listed, LogName, Writer
 from gateway.store.redis import RedisStore, connect
 
 KEYS = [CacheKey(f"{number:040x}") for number in range(60)]
@@ -199,6 +201,110 @@ async def test_a_cluster_that_dies_counts_as_away(own_nodes, open_store):
                 await store.lookup(KEYS[0], "whole")
     with pytest.raises(StoreUnavailable, match="away"):
         store.lookup(KEYS[0], "whole").send(None)
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.store.inventory._PAGE_NAMES", 5)
+
+
+async def listed_from(store: RedisStore, cursor: str) -> list[Listed]:
+    """What is on the page with this cursor, and on all after it."""
+    listed, cursor = await store.page(cursor)
+    while cursor:
+        more, cursor = await store.page(cursor)
+        listed += more
+    return listed
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_pages_list_what_is_on_all_nodes(shared_nodes, open_store, protocol):
+    store = await open_store(shared_nodes, protocol=protocol, prefix=f"pages{protocol}")
+    other = await open_store(shared_nodes, prefix=f"pages{protocol}:x")
+    await asyncio.gather(*(store.store(key, RECORDING) for key in KEYS), other.store(KEYS[0], RECORDING))
+    listed = await listed_from(store, "")
+    assert sorted(each.key for each in listed) == KEYS
+    assert all(each.meta == RECORDING.meta for each in listed)
+    current = [(key, FlightId("")) for key in KEYS]
+    assert await store.erase(current, began_by_us=0) == 0
+    assert await store.erase(current, began_by_us=1 << 60) == 60
+    assert await listed_from(store, "") == []
+    assert [each.key for each in await listed_from(other, "")] == KEYS[:1]
+
+
+@pytest.mark.usefixtures("small_pages")
+async def test_pages_miss_nothing_though_slots_move_from_node_to_node(shared_nodes, open_store):
+    """The client is not told: it learns only of slots that it asks for."""
+    store = await open_store(shared_nodes, prefix="moving")
+    await asyncio.gather(*(store.store(key, RECORDING) for key in KEYS))
+    first, last = ([key for key in KEYS if home(key) == node] for node in (0, 2))
+    moved = [key_slot(f"{{{key}}}".encode()) for key in (first[0], last[0], last[1])]
+    seen, cursor = await store.page()
+    try:
+        move_slot(shared_nodes, moved[0], 0, 1)  # out of what is being scanned
+        while not cursor.startswith("5461-"):
+            more, cursor = await store.page(cursor)
+            seen += more
+        move_slot(shared_nodes, moved[1], 2, 0)  # to where it is all done
+        move_slot(shared_nodes, moved[2], 2, 1)  # to where it is being done
+        seen += await listed_from(store, cursor)
+        assert {each.key for each in seen} == set(KEYS)
+        # From its beginning, with all slots where they are now.
+        assert {each.key for each in await listed_from(store, "")} == set(KEYS)
+    finally:
+        for slot, node, back in zip(moved, (1, 0, 1), (0, 2, 2), strict=True):
+            move_slot(shared_nodes, slot, node, back)
+
+
+@pytest.mark.usefixtures("small_pages")
+async def test_a_node_in_anothers_place_is_scanned_from_its_beginning(shared_nodes, open_store):
+    """A cursor says where a node is in a table of its own."""
+    store = await open_store(shared_nodes, prefix="place")
+    await asyncio.gather(*(store.store(key, RECORDING) for key in KEYS))
+    for cursor in (f"0-5460-{'a' * 40}-7", f"0-16383-{'a' * 40}-7"):
+        assert {each.key for each in await listed_from(store, cursor)} == set(KEYS)
+    with pytest.raises(StoreUnavailable, match="nobody has slot"):
+        await store.page(f"16384-16384-{'a' * 40}-7")
+
+
+async def test_purges_counters_and_recent_keys_are_shared_by_stores_that_know_other_nodes(shared_nodes, open_store):
+    stores = [await open_store(shared_nodes, number, prefix="shared", protocol=2 + number % 2) for number in range(3)]
+    for number, store in enumerate(stores):
+        await store.mark(Purge(number, Selector()), life_s=60)
+        await store.count({"hits": 1})
+        await store.store(KEYS[number], RECORDING)
+    for store in stores:
+        assert [purge.at_us for purge in (await store.purges(LOG_START))[0]] == [0, 1, 2]
+        assert (await store.counts())["hits"] == 3
+        async with asyncio.timeout(5):
+            while set(await store.recent(3)) != set(KEYS[:3]):
+                await asyncio.sleep(0.002)
+
+
+@pytest.mark.usefixtures("small_pages")
+async def test_a_node_that_cannot_be_reached_is_not_taken_for_an_empty_one(own_nodes, open_store):
+    store = await open_store(own_nodes, command_timeout_s=0.5, connect_timeout_s=0.5)
+    other = await open_store(own_nodes, command_timeout_s=0.5, connect_timeout_s=0.5)
+    bad = node_of("gw:recent")
+    keys = [key for key in KEYS if home(key) != bad]
+    await asyncio.gather(*(store.store(key, RECORDING) for key in KEYS))
+    await until(lambda: store._notes is None or store._notes.done())
+    own_nodes._processes[bad].send_signal(signal.SIGSTOP)
+    # Nobody waits until it is noted which keys were stored last.
+    began = time.monotonic()
+    assert all(await asyncio.gather(*(store.store(key, begun(1, b"{}")) for key in keys)))
+    assert time.monotonic() - began < 0.4
+    with pytest.raises(StoreUnavailable):
+        await listed_from(store, "")
+    own_nodes.stop(bad)
+    for _ in range(5):
+        with pytest.raises(StoreUnavailable):
+            await listed_from(store, "")
+    with pytest.raises(StoreUnavailable):
+        await other.erase([(key, FlightId("")) for key in KEYS], began_by_us=1 << 60)
+    assert await asyncio.gather(*(store.lookup(key, "meta") for key in keys)) == [None] * len(keys)
+    assert store.available
 
 
 @pytest.mark.parametrize("url", ["unix:///run/redis.sock", "redis://127.0.0.1/1", "redis://:secret@127.0.0.1/?foo=1"])

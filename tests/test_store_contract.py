@@ -312,7 +312,7 @@ async def test_all_keys_have_the_prefix_and_those_of_a_cache_key_share_a_hash_ta
     store = await backend.store()
     await store.store(KEY, RECORDING)
     names = {name.decode() async for name in backend.raw.scan_iter(match=f"{backend.prefix}:*")}
-    assert names == {f"{backend.prefix}:secret", f"{backend.prefix}:{{{KEY}}}:rec"}
+    assert names == {f"{backend.prefix}:secret", f"{backend.prefix}:recent", f"{backend.prefix}:{{{KEY}}}:rec"}
     if backend.prefix == "t":
         assert await backend.raw.dbsize() == len(names)
     assert await (await backend.store(prefix="other")).lookup(KEY, "whole") is None

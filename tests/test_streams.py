@@ -801,7 +801,7 @@ async def test_concurrent_identical_requests_make_one_call_and_each_gets_all_of_
             upstream.gate("between").released.set()
             assert await rest_of(leader) == await rest_of(follower) == [LAST.decode()[6:-2], "[DONE]"]
             assert content(await whole) == "Hé\u2028"
-            assert (await whole).cache_status == "gateway; fwd=miss; collapsed"
+            assert (await whole).cache_status == "gateway; fwd=miss; collapsed; stored"
     assert len(upstream.asked) == 1
 
 

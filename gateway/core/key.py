@@ -12,6 +12,9 @@ from gateway.core.recording import SCHEMA_VERSION
 CacheKey = NewType("CacheKey", str)
 """40 hexadecimal digits. Without the deployment's secret nobody can tell a request from it."""
 
+MAX_SAMPLES = 64
+"""How many answers of one question may be kept side by side."""
+
 _KEY_BYTES = 20
 _TENANT_BYTES = 16
 
@@ -26,6 +29,13 @@ def cache_key(  # noqa: PLR0913  # they are what a key is made of
     """
     text = canonical_text(api, body, ignored)
     return CacheKey(_digest(secret, b"key", (str(SCHEMA_VERSION), owner, api.name, *route, text), _KEY_BYTES))
+
+
+def sample_key(key: CacheKey, sample: int) -> CacheKey:
+    """Where the sample with this number is kept: the first one under the key itself."""
+    if not sample:
+        return key
+    return CacheKey(blake2b(key.encode(), key=b"%d" % sample, person=b"sample", digest_size=_KEY_BYTES).hexdigest())
 
 
 def canonical_text(api: Api, body: Json, ignored: Iterable[str] = ()) -> bytes:

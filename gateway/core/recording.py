@@ -10,7 +10,8 @@ import re
 import struct
 import sys
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import orjson
 from gateway.core.apis.base import Assembler, numbered
 from gateway.core.json_scan import cut_member, members
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _HEADER = struct.Struct("<7I")
 _USAGE, _ID, _CREATED = b"\x01", b"\x02", b"\x03"
 _LF, _CR = b"\n\r"  # as numbers, which are found in bytes at once
@@ -30,6 +31,8 @@ _OBFUSCATION_TO_END = re.compile(rb',"obfuscation":"[A-Za-z0-9]*"\}')
 _NONZERO = b"123456789"
 _NUMBERS = frozenset({int, float})
 _ID_PREFIX = re.compile(r"[A-Za-z]+[-_]")
+_FRESH_DIGITS = range(24, 65)  # fewer would not tell of which recording it is (see `stream_id.flight_of`)
+_DEFAULT_DIGITS = 32
 
 Span = tuple[int, int]
 
@@ -221,6 +224,18 @@ class Meta(NamedTuple):
     """The flight that brought the answer."""
     runs: tuple[tuple[str, int], ...] = ()
     """The runs that wrote the frames, each with the index of its first: more than one where a log was taken over."""
+    stale_s: float = 0.0
+    """For how long it is kept when it is no longer fresh."""
+    owner: str = ""
+    """Whose it is: the tenant's digest, ``shared``, or ``ns:`` and a namespace."""
+    namespace: str = ""
+    tags: tuple[str, ...] = ()
+    sample_of: str = ""
+    """The cache key of the question, where this is another sample than the first."""
+    size_bytes: int = 0
+    """Of frames, body and request together, before compression."""
+    content: str = ""
+    """A digest of what was said, where several answers of one question are kept."""
 
     def dumps(self) -> bytes:
         return orjson.dumps(self._asdict())
@@ -236,10 +251,14 @@ class Meta(NamedTuple):
             if members["body_created"]:
                 members["body_created"] = tuple(members["body_created"])
             members["runs"] = tuple(map(tuple, members.get("runs", ())))
+            members["tags"] = tuple(members.get("tags", ()))
             meta = cls(**members)
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptRecording(f"the meta data does not load: {error!r}") from None
-        if not (isinstance(meta.id, str) and _are_numbers(meta.written_at, meta.ttl_s, meta.duration_us, meta.frames)):
+        if not (
+            isinstance(meta.id, str)
+            and _are_numbers(meta.written_at, meta.ttl_s, meta.stale_s, meta.duration_us, meta.frames)
+        ):
             raise CorruptRecording("the meta data has members of wrong types")
         return meta
 
@@ -256,11 +275,13 @@ class Identity(NamedTuple):
 
     @classmethod
     def fresh(cls, original_id: str, token: str, now: float) -> "Identity":
-        """An identity of the original's shape: its prefix, its length, and letters and digits of ``token`` (≥ 64)."""
+        """An identity of the original's shape: its prefix and length (32 where 24 to 64 do not hold it), then ``token``'s
+        letters and digits, of which there are 64.
+        """
         match = _ID_PREFIX.match(original_id)
         prefix = match[0] if match else ""
         length = len(original_id) - len(prefix)
-        return cls(orjson.dumps(prefix + token[: length if 16 <= length <= len(token) else 24]), b"%d" % now)
+        return cls(orjson.dumps(prefix + token[: length if length in _FRESH_DIGITS else _DEFAULT_DIGITS]), b"%d" % now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +292,12 @@ class Recording:
     sse: bytes | None = None
     marks: Marks | None = None
     body: bytes | None = None
+    request: bytes = b""
+    """What was asked (JSON: ``api`` and ``body``), where that is kept. A lookup does not load it."""
 
     @property
     def size_bytes(self) -> int:
-        return len(self.sse or b"") + len(self.body or b"")
+        return len(self.sse or b"") + len(self.body or b"") + len(self.request)
 
     def stream(self, identity: Identity | None, *, usage: bool) -> bytes:
         """All frames in one piece: under a fresh identity, with or without usage, else as they came."""
@@ -385,7 +408,7 @@ class Recorder:
         self.frames.append(Frame(full, cut, at_us, id_span, created_span))
         self.size_bytes += len(full)
 
-    def recording(self, meta: Meta, body: bytes) -> Recording:
+    def recording(self, meta: Meta, body: bytes, request: bytes = b"") -> Recording:
         """Closes the stream. ``body`` is the assembled answer, or the upstream's own where it did not stream."""
         marker = _Marker()
         texts = [marker.mark(frame) for frame in self.frames]
@@ -403,7 +426,8 @@ class Recorder:
             ids=_few(marker.ids),
             created=_few(marker.created),
         )
-        return Recording(meta, sse, marks, body)
+        recording = Recording(meta, sse, marks, body, request)
+        return replace(recording, meta=meta._replace(size_bytes=recording.size_bytes))
 
 
 class _Marker:
@@ -428,6 +452,11 @@ class _Marker:
 
 def _few(values: list[bytes]) -> Values:
     return tuple(values[:1] if len(set(values)) == 1 else values)
+
+
+def content_digest(body: bytes) -> str:
+    """What two answers share that say the same under other ids. Raises `MalformedChunk`."""
+    return blake2b(orjson.dumps(parse_chunk(body).get("choices")), digest_size=16).hexdigest()
 
 
 def body_spans(body: bytes) -> tuple[Span | None, Span | None]:

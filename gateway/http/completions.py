@@ -7,24 +7,34 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+from multidict import CIMultiDictProxy
 
-from gateway.core.apis import Api
+from gateway.core.apis import Api, RequestProblem
+from gateway.core.controls import NO_CONTROLS, Controls, from_body
 from gateway.core.dialects.openai import END
-from gateway.core.policy import NO_DIRECTIVES, Directives
+from gateway.core.policy import Directives
 from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, UpstreamRefused
+from gateway.http import fields
 from gateway.http.edge import EXCHANGE, Exchange, Handler
+from gateway.questions import CREDENTIAL_HEADERS, Request
 from gateway.reader import Reader
-from gateway.service import Opened, Request, Service
+from gateway.service import Opened, Service
+
+METHODS = ("POST", "QUERY")
+"""QUERY (RFC 10008) says that the request changes nothing, and that its content is a part of the key: so it is here."""
 
 # Below this a write cannot fill the transport's buffer of 64 KiB by itself.
 _SMALL_BYTES = 32_768
 # Structured fields' (RFC 9651 3.3.6); what is neither is ignored, as a field that does not parse has to be.
 _BOOLEANS = {"?1": True, "?0": False}
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",
-}
+STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}
+# How long an answer that is given whole waits to be told whether it is stored.
+_KEPT_WITHIN_S = 0.05
+_CONTROL_HEADERS = ("Cache-Control", "Gateway-Cache-TTL", "Gateway-Cache-Namespace", "Gateway-Cache-Tags")
+# For caches between the caller and us: they may keep what we keep, for as long as we do, but for this caller only; and
+# nothing else, since a stream that fails ends as well as one that does not (RFC 9111 5.2.2).
+_UNSTORED = "no-store"
+_VARY = ", ".join((*(name.title() for name in CREDENTIAL_HEADERS), "Gateway-Cache-Namespace", "Gateway-Event-Ids"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,7 @@ def handler(api: Api, service: Service, timing: Timing, *, event_ids: bool) -> H
                 return await write_stream(request, opened, exchange, timing)
             return await _whole(opened, exchange)
         except UpstreamRefused as refusal:
-            exchange.cache_status = opened.disposition.cache_status(refusal.status)
+            exchange.cache_status = opened.disposition._replace(status=refusal.status).cache_status()
             raise
         finally:
             service.leave(opened)
@@ -67,11 +77,30 @@ async def _read(request: web.Request, api: Api, *, event_ids: bool) -> Request:
     body = await read_json(request)
     if not isinstance(body, dict):
         raise InvalidRequest("The request body must be a JSON object.")
-    control = request.headers.getall("Cache-Control", ())
-    directives = Directives.parse(",".join(control)) if control else NO_DIRECTIVES
+    try:
+        controls = controls_of(request.headers, body)
+    except RequestProblem as problem:
+        raise InvalidRequest(str(problem), param=problem.param) from None
     if (wish := request.headers.get("Gateway-Event-Ids")) is not None:
         event_ids = _BOOLEANS.get(wish.strip(), event_ids)
-    return Request(api, body, request.headers, directives, event_ids)
+    return Request(api, body, request.headers, controls, event_ids)
+
+
+def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Controls:
+    """What the caller says of the cache, in headers and, as LiteLLM's callers do, in the body: there it is taken out.
+
+    Raises `RequestProblem`.
+    """
+    asked = body.pop("cache") if isinstance(body.get("cache"), dict) else None
+    if asked is None and not any(name in headers for name in _CONTROL_HEADERS):
+        return NO_CONTROLS
+    controls = Controls(
+        directives=Directives.parse(",".join(headers.getall("Cache-Control", ()))),
+        ttl_s=fields.ttl_s(headers.getall("Gateway-Cache-TTL", ())),
+        namespace=fields.namespace(headers.getall("Gateway-Cache-Namespace", ())) or "",
+        tags=fields.tags(headers.getall("Gateway-Cache-Tags", ())),
+    )
+    return from_body(asked, controls) if asked else controls
 
 
 async def read_json(request: web.Request) -> Any:
@@ -98,6 +127,10 @@ def is_json(content_type: str) -> bool:
 
 async def _whole(opened: Opened, exchange: Exchange) -> web.Response:
     body = await opened.reader.whole()
+    kept, why_not = await opened.reader.outcome(_KEPT_WITHIN_S)
+    if kept or why_not:
+        told = opened.disposition
+        opened.disposition = told._replace(stored=bool(kept), detail=why_not or told.detail)
     headers = _headers(opened, exchange, await opened.reader.head(None))
     headers["Content-Type"] = "application/json"
     return web.Response(body=body, headers=headers)
@@ -107,12 +140,12 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
     """The answer as a stream, at once or as it comes; 204 where the caller has all of it. Raises the errors of its head."""
     reader = opened.reader
     if (stream := reader.at_once()) is not None:
-        headers = _headers(opened, exchange, None) | STREAM_HEADERS
+        headers = _headers(opened, exchange, None, streamed=True)
         return web.Response(body=stream + END, headers=headers)
     head = await reader.head(timing.head_after_s)
     if reader.over:
         return web.Response(status=204)
-    response = web.StreamResponse(headers=_headers(opened, exchange, head) | STREAM_HEADERS)
+    response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True))
     try:
         exchange.head_sent = True
         await response.prepare(request)
@@ -160,18 +193,26 @@ async def _patiently(request: web.Request, write: Awaitable[None], timing: Timin
         raise CallerTooSlow from None
 
 
-def _headers(opened: Opened, exchange: Exchange, head: Mapping[str, str] | None) -> dict[str, str]:
+def _headers(
+    opened: Opened, exchange: Exchange, head: Mapping[str, str] | None, *, streamed: bool = False
+) -> dict[str, str]:
     """``head`` is what the upstream said, where it has answered."""
     disposition = opened.disposition
-    if disposition.kind == "hit":
-        return {**exchange.headers(), "Age": str(disposition.age_s), **_stream_id(opened)}
-    if disposition.kind == "collapsed" or head is None:
-        return {**exchange.headers(), **_stream_id(opened)}
-    exchange.take_upstream_id(head.get("x-request-id"))
-    exchange.cache_status = disposition.cache_status(200)
-    passed = {name: value for name, value in head.items() if name != "x-request-id"}
-    return {**passed, **exchange.headers(), **_stream_id(opened)}
-
-
-def _stream_id(opened: Opened) -> dict[str, str]:
-    return {"Gateway-Stream-Id": opened.stream_id} if opened.stream_id else {}
+    passed: Mapping[str, str] = {}
+    if head is not None and disposition.kind in ("miss", "bypass"):
+        exchange.take_upstream_id(head.get("x-request-id"))
+        disposition = disposition._replace(status=200)
+        passed = {name: value for name, value in head.items() if name != "x-request-id"}
+    exchange.cache_status = disposition.cache_status()
+    headers = {**passed, **exchange.headers(), "Cache-Control": _UNSTORED}
+    if disposition.is_replay:
+        headers["Age"] = str(disposition.age_s)
+    if disposition.ttl_s > 0 or disposition.stored:
+        headers["Cache-Control"] = f"private, max-age={int(opened.ttl_s)}"
+        headers["Vary"] = _VARY
+    if opened.stream_id:
+        headers["Gateway-Stream-Id"] = opened.stream_id
+    if streamed:
+        headers["Cache-Control"] += ", no-transform"
+        headers |= STREAM_HEADERS
+    return headers

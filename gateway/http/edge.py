@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gateway.core.policy import NOT_FORWARDED
+from gateway.core.policy import NOT_FORWARDED, only_detail
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest, MethodNotAllowed, PathNotFound, UpstreamRefused
 from gateway.observe import RequestDetails, Sink
 
@@ -107,6 +107,8 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
     try:
         response = await handler(request)
     except GatewayError as error:
+        if error.detail:
+            exchange.cache_status = only_detail(error.detail)
         response = error_response(error, exchange)
     except web.HTTPException as error:
         response = error_response(_translated(error, request), exchange)
@@ -117,6 +119,7 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
         response = error_response(GatewayError(f"The gateway failed; quote {exchange.request_id}."), exchange)
     if not response.prepared:
         response.headers.update(exchange.headers())
+        response.headers.setdefault("Cache-Control", "no-store")
     return response
 
 
@@ -147,7 +150,10 @@ def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
 
 def not_allowed(request: web.Request, allowed: Sequence[str]) -> MethodNotAllowed:
     message = f"Not allowed to {request.method} on {request.path}; allowed: {', '.join(allowed)}."
-    return MethodNotAllowed(message, headers={"Allow": ", ".join(allowed)})
+    headers = {"Allow": ", ".join(allowed)}
+    if "QUERY" in allowed:
+        headers["Accept-Query"] = '"application/json"'  # RFC 10008 3
+    return MethodNotAllowed(message, headers=headers)
 
 
 def _bytes_sent(response: web.StreamResponse) -> int:

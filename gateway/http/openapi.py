@@ -17,8 +17,26 @@ _STATUSES = {
 }
 
 
-def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderations")) -> Json:
-    """The whole document. ``relay_paths`` are the paths below ``/v1`` that are passed on uncached."""
+def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderations"), *, admin: bool = False) -> Json:
+    """The whole document. ``relay_paths`` are the paths below ``/v1`` that are passed on uncached.
+
+    ``admin``: whether what is served below ``/admin/`` belongs to it.
+    """
+    document = _served(version, relay_paths)
+    if admin:
+        document["paths"] |= _admin_paths()
+        document["components"]["schemas"] |= _admin_schemas()
+        document["components"]["responses"]["401"] = _error(_ADMIN_401, "WWW-Authenticate")
+        document["components"]["headers"]["WWW-Authenticate"] = {"description": "`Bearer`.", "schema": {"const": "Bearer"}}
+        document["components"]["securitySchemes"]["admin"] = {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "The admin key, which no caller of `/v1` has.",
+        }
+    return document
+
+
+def _served(version: str, relay_paths: Iterable[str]) -> Json:
     return {
         "openapi": "3.1.0",
         "info": {
@@ -64,17 +82,21 @@ def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderati
 # Operations
 
 
+_ANSWER_PARAMETERS = ("CacheControl", "CacheTtl", "CacheNamespace", "CacheTags", "EventIds", "RequestId")
+
+
 def _answered(operation: str, name: str) -> Json:
     """An operation whose answers are recorded and replayed."""
     return {
         "operationId": operation,
         "summary": "Answered from the cache, from an answer that is under way, or by the model.",
-        "parameters": [_ref("parameters", name) for name in ("CacheControl", "EventIds", "RequestId")],
+        "description": "`QUERY` (RFC 10008), which OpenAPI 3.1 cannot describe, is served in the same way.",
+        "parameters": [_ref("parameters", name) for name in _ANSWER_PARAMETERS],
         "requestBody": {"required": True, "content": _json(_ref("schemas", f"{name}Request"))},
         "responses": {
             "200": {
                 "description": "The answer: a stream of events where `stream` is true, else one object.",
-                "headers": _header_refs("Cache-Status", "Age", "Gateway-Stream-Id", "X-Request-Id"),
+                "headers": _header_refs("Cache-Status", "Age", "Cache-Control", "Gateway-Stream-Id", "X-Request-Id"),
                 "content": _json(_ref("schemas", name)) | _events(f"{name}Chunk"),
             },
             **_errors(*_STATUSES),
@@ -141,6 +163,148 @@ def _text(operation: str, summary: str) -> Json:
     found = _get(operation, summary, "AnyObject", 405)
     found["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     return found
+
+
+# The administration
+
+_ADMIN_401 = "The admin key is missing or wrong."
+_ENTRIES_QUERY: dict[str, Json] = {
+    "namespace": {"type": "string", "description": "Only entries of this namespace."},
+    "model": {"type": "string", "description": "Only entries of this model: a name, a pattern (`gpt-*`) or an alias."},
+    "tag": {"type": "string", "description": "Only entries with this tag."},
+    "min_age_s": {"type": "number", "minimum": 0},
+    "max_age_s": {"type": "number", "minimum": 0},
+    "min_bytes": {"type": "integer", "minimum": 0},
+    "stale": {"type": "boolean", "description": "Only entries that are not fresh any more."},
+    "limit": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 10_000,
+        "default": 100,
+        "description": "About how many: the store's pages are given in full.",
+    },
+    "cursor": {"type": "string", "description": "The `cursor` of the answer before."},
+}
+
+
+def _admin_paths() -> Json:
+    entry_key = _parameter("key", "path", {"type": "string", "pattern": "^[0-9a-f]{40}$"})
+    part = _parameter("part", "query", {"enum": ["body", "stream", "timing", "request"], "description": "Only this."})
+    scan = _parameter("scan", "query", {"type": "boolean", "description": "Look at every entry, too."})
+    found = _administered("getEntry", "One entry with all that is known of it.", "CacheEntryParts", part, errors=(404, 503))
+    found["responses"]["200"]["content"] |= {"text/event-stream": {"schema": {"type": "string"}}}
+    query = [_parameter(name, "query", schema) for name, schema in _ENTRIES_QUERY.items()]
+    purge = _reported(_administered("purge", "Deletes the entries that fit all that is named.", "Purged", body="Purge"))
+    return {
+        "/admin/": {"get": _administered("administration", "What is served here.", "AnyObject")},
+        "/admin/entries": {"get": _administered("listEntries", "What is stored.", "CacheEntries", *query)},
+        "/admin/entries/{key}": {
+            "parameters": [entry_key],
+            "get": found,
+            "delete": _reported(_administered("purgeEntry", "Deletes an entry with all its samples.", "Purged")),
+        },
+        "/admin/purge": {"post": purge},
+        "/admin/stats": {
+            "get": _reported(_administered("stats", "How requests were answered, and what that saved.", "CacheStats", scan))
+        },
+        "/admin/explain": {
+            "post": _administered(
+                "explain", "Why a request is or is not answered.", "Explanation", body="Explain", errors=(404, 503)
+            )
+        },
+    }
+
+
+def _administered(
+    operation: str, summary: str, schema: str, *parameters: Json, body: str = "", errors: tuple[int, ...] = (503,)
+) -> Json:
+    found = _get(operation, summary, schema, 400, 401, 405, *errors)
+    found["security"] = [{"admin": []}]
+    found["parameters"] += parameters
+    if body:
+        found["requestBody"] = {"required": True, "content": _json(_ref("schemas", body))}
+        found["responses"] |= _errors(413, 415)
+    return found
+
+
+def _reported(operation: Json) -> Json:
+    """The same, with lines that say how far it is for a caller who accepts them."""
+    text = "Lines of JSON: `{object: progress, scanned, purged}` as it goes on, the result (or an Error) last."
+    operation["responses"]["200"]["content"]["application/x-ndjson"] = {"schema": {"type": "string", "description": text}}
+    return operation
+
+
+def _admin_schemas() -> Json:
+    text, number, whole = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+    texts = _array(text)
+    entry = {
+        "key": text,
+        "state": {"enum": ["fresh", "stale", "replaced", "purged"]},
+        **dict.fromkeys(("api", "upstream", "model", "owner", "namespace", "id", "flight", "sample_of"), text),
+        "tags": texts,
+        **dict.fromkeys(("written_at", "age_s", "ttl_s"), number),
+        "life_s": {"type": ["number", "null"], "description": "Until the store lets go of it."},
+        **dict.fromkeys(("size_bytes", "frames", "duration_us"), whole),
+        "finish_reasons": texts,
+        "usage": {"type": ["object", "null"]},
+    }
+    timing = _object(
+        {
+            "ttft_us": {"type": ["integer", "null"]},
+            "duration_us": whole,
+            "gaps_us": {"type": "object"},
+            "at_us": _array(whole),
+        }
+    )
+    selectors = {
+        "key": _string("An entry with all its samples.", pattern="^[0-9a-f]{40}$"),
+        "id": _string("A response's id, that of a hit too.", minLength=1),
+        "stream": _string("A `Gateway-Stream-Id`.", minLength=1),
+        "namespace": _string("What is in it.", minLength=1),
+        "model": _string("A name, a pattern or an alias.", minLength=1),
+        "tag": _string("What has it.", minLength=1),
+        "all": {"type": "boolean", "description": "Everything: goes with no selector."},
+        "dry_run": {"type": "boolean", "description": "Only counts."},
+    }
+    purged = {
+        "dry_run": {"type": "boolean"},
+        "marked": {"type": "boolean"},
+        "scanned": whole,
+        "purged": whole,
+        "message": text,
+    }
+    explained = {
+        **dict.fromkeys(("api", "key", "upstream", "model", "namespace", "why_not"), text),
+        "owner": {"enum": ["shared", "tenant", "namespace"]},
+        "canonical": {"type": "object"},
+        "left_out": texts,
+        "samples_wanted": whole,
+        "samples": texts,
+        "entry": {"anyOf": [_ref("schemas", "CacheEntry"), {"type": "null"}]},
+        "nearest": {"type": ["object", "null"], "description": "The recent entry that is most like it, and how it differs."},
+    }
+    listing = {"object": {"const": "list"}, "data": _array(_ref("schemas", "CacheEntry")), "cursor": text, "scanned": whole}
+    parts = {"timing": timing, "stream": texts, "body": {}, "request": {}, "samples": texts, "stored_bytes": whole}
+    explain = {"api": {"enum": ["chat", "completions"]}, "request": {"type": "object"}, "headers": {"type": "object"}}
+    return {
+        "CacheEntry": _object(entry, *entry),
+        "CacheEntries": _object(listing, *listing),
+        "CacheEntryParts": {"allOf": [_ref("schemas", "CacheEntry"), _object(parts, *parts)]},
+        "Purge": _object(selectors) | {"additionalProperties": False, "minProperties": 1},
+        "Purged": _object({"object": {"const": "cache.purge"}, **purged}, *purged),
+        "CacheStats": _object(
+            {
+                "object": {"const": "cache.stats"},
+                "since": {"type": ["number", "null"]},
+                "total": {"type": "object"},
+                "models": _array({"type": "object"}),
+                "stored": {"type": "object"},
+            },
+            *("object", "since", "total", "models"),
+        ),
+        "Explain": _object(explain, "request") | {"additionalProperties": False},
+        "Explanation": _object({"object": {"const": "cache.explanation"}, **explained}, *explained),
+    }
 
 
 # Bodies
@@ -259,6 +423,7 @@ def _headers() -> Json:
     texts = {
         "Cache-Status": "What the cache did (RFC 9211): `gateway; hit; ttl=60`, `gateway; fwd=miss; collapsed`.",
         "X-Request-Id": "The caller's, if it sent a sane one; else the upstream's, or a new one.",
+        "Cache-Control": "For caches on the way: what is stored here may be kept as long, for this caller; all else is not.",
         "Gateway-Stream-Id": "By which a stream that was cut can be resumed; on a resumed one, by which it can be again.",
         "Allow": "The methods of this path.",
         "Retry-After": "The upstream's.",
@@ -269,9 +434,12 @@ def _headers() -> Json:
 
 def _parameters() -> Json:
     cache_control = (
-        "RFC 9111: `no-cache` asks the model and replaces what is stored, `no-store` touches nothing, `max-age` and "
-        "`min-fresh` bound what will do, `only-if-cached` never asks the model."
+        "RFC 9111: `no-cache` asks the model and replaces what is stored, `no-store` touches nothing, `max-age`, "
+        "`min-fresh` and `max-stale` bound what will do, `only-if-cached` never asks the model; RFC 5861: `stale-if-error`."
     )
+    ttl = "For how many seconds the answer stays fresh (RFC 9651 Item: Integer or Decimal); 0: it is not stored."
+    namespace = "Whose answers to share (RFC 9651 Item: String or Token), in the place of the caller's own."
+    tags = "By what the answer can be purged (RFC 9651 List of Strings or Tokens)."
     cursor = "`{id}.{n}`, as the `id` of an event says it: what follows is what came after it."
     return {
         "StreamId": _parameter("id", "path", _string("`Gateway-Stream-Id` of the answer.")),
@@ -279,6 +447,9 @@ def _parameters() -> Json:
         "After": _parameter("after", "query", _string("How many events the caller has, where it counts them itself.")),
         "EventIds": _parameter("Gateway-Event-Ids", "header", _string("`?1`: each event of the stream has an `id`.")),
         "CacheControl": _parameter("Cache-Control", "header", _string(cache_control)),
+        "CacheTtl": _parameter("Gateway-Cache-TTL", "header", _string(ttl)),
+        "CacheNamespace": _parameter("Gateway-Cache-Namespace", "header", _string(namespace)),
+        "CacheTags": _parameter("Gateway-Cache-Tags", "header", _string(tags)),
         "RequestId": _parameter("X-Request-Id", "header", _string("Names the request in logs and in the answer.")),
     }
 

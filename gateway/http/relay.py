@@ -9,7 +9,7 @@ from gateway.errors import InvalidRequest, PathNotFound, UpstreamError
 from gateway.http.completions import is_json, read_json
 from gateway.http.edge import EXCHANGE, Handler, not_allowed
 from gateway.ports import Upstream
-from gateway.service import CREDENTIAL_HEADERS, FORWARDED_HEADERS, Router
+from gateway.questions import CREDENTIAL_HEADERS, FORWARDED_HEADERS, Router
 
 _PASSED_ON = ("accept", "content-type", "idempotency-key", "openai-beta")
 _FORWARDED = "gateway; fwd=bypass; detail=relayed"

@@ -13,7 +13,7 @@ from gateway import __version__
 from gateway.errors import ModelNotFound, UpstreamError
 from gateway.http.openapi import document
 from gateway.ports import Store, Upstream
-from gateway.service import CREDENTIAL_HEADERS
+from gateway.questions import CREDENTIAL_HEADERS
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,8 @@ async def root(request: web.Request) -> web.Response:  # noqa: ARG001
     return web.Response(text=_ROOT)
 
 
-def openapi(relay_paths: Sequence[str]) -> Any:
-    text = orjson.dumps(document(__version__, relay_paths))
+def openapi(relay_paths: Sequence[str], *, admin: bool = False) -> Any:
+    text = orjson.dumps(document(__version__, relay_paths, admin=admin))
 
     async def handle(request: web.Request) -> web.Response:  # noqa: ARG001
         return web.Response(body=text, content_type="application/json")

@@ -81,6 +81,13 @@ class Wire(Protocol):
         """A connection beside all others, not yet connected; of a cluster, to another node each turn."""
         ...
 
+    async def scan(self, pattern: str, cursor: str, count: int) -> tuple[list[bytes], str]:
+        """About so many of the names that fit, and the cursor of the next ones; it is empty at first, and behind the last.
+
+        What is there all the time comes at least once. Raises where it cannot be looked for.
+        """
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -115,6 +122,12 @@ class Single:
         await connection.connect()  # type: ignore[no-untyped-call]
         return connection
 
+    async def scan(self, pattern: str, cursor: str, count: int) -> tuple[list[bytes], str]:
+        [answer] = await self.send([scan(pattern, cursor, count)])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer[1], next_cursor(answer[0])
+
     async def extra_connection(self, turn: int) -> AbstractConnection:  # noqa: ARG002  # there is one server only
         return self.client.connection_pool.make_connection()  # type: ignore[no-any-return,no-untyped-call]
 
@@ -148,6 +161,16 @@ def _is_closed(connection: AbstractConnection) -> bool:
     """Whether the server has hung up: only the stream below knows it without a system call."""
     reader = connection._reader  # noqa: SLF001
     return reader is None or reader.at_eof()
+
+
+def scan(pattern: str, cursor: str, count: int) -> Command:
+    return "SCAN", cursor or "0", "MATCH", pattern, "COUNT", count
+
+
+def next_cursor(answer: bytes | int) -> str:
+    """Where a node's next names begin, as it says: empty behind the last ones."""
+    at = int(answer)
+    return str(at) if at else ""
 
 
 async def send(wire: Wire, commands: Sequence[Command]) -> list[Any]:

@@ -4,9 +4,9 @@ Keys, all under ``[redis] prefix`` (``gw``); ``{K}`` is the cache key, ``F`` a f
 
 | key                  | type   | holds                                                                      | lives        |
 |----------------------|--------|----------------------------------------------------------------------------|--------------|
-| `gw:{K}:rec`         | hash   | `v` schema version, `at` start of the flight (µs), `flight`, `meta` (JSON),| `ttl_s`      |
-|                      |        | `sse` (all frames, marked where a reply differs), `marks` (arrivals, and   |              |
-|                      |        | what stood there), `body` (JSON)                                           |              |
+| `gw:{K}:rec`         | hash   | `v` schema version, `at` start of the flight (µs), `flight`, `meta` (JSON),| `ttl_s` and  |
+|                      |        | `sse` (all frames, marked where a reply differs), `marks` (arrivals, and   | `stale_s`    |
+|                      |        | what stood there), `body` (JSON), `req` (what was asked: JSON, or empty)   |              |
 | `gw:{K}:rec:F`       | hash   | the recording of a flight, once another's has taken its place              | `resume_s`   |
 | `gw:{K}:now`         | string | the flight that newcomers of the key join                                  | lease        |
 | `gw:{K}:lease:F`     | string | who writes the log: `replica.run`                                          | lease        |
@@ -15,6 +15,13 @@ Keys, all under ``[redis] prefix`` (``gw``); ``{K}`` is the cache key, ``F`` a f
 | `gw:{K}:readers:F`   | hash   | replica → `readers:when this is stale` (ms, Redis' time)                   | a few leases |
 | `gw:{K}:cancelled:F` | set    | readers that were cancelled for good                                       | `resume_s`   |
 | `gw:secret`          | string | the secret of the cache keys, where the configuration names none           | for ever     |
+| `gw:purges`          | stream | `purge` (JSON), and `until` when it counts (ms, Redis' time); the ids are  | as its last  |
+|                      |        | the server's, so that a cursor never has one come in before it             | purge        |
+| `gw:recent`          | list   | the cache keys that were stored last, the latest first, 256 at most        | 30 days      |
+| `gw:stats`           | hash   | counters of all replicas together, and `since` when (Unix seconds)         | a year       |
+
+A recording's `sse`, `body` and `req` may each be compressed: see `packing`. The keys without a ``{K}`` are never in one
+script with others: on a cluster each has a slot of its own. They live as long as is said once nothing writes them.
 
 Entries of a log have the id ``{count}-{seq}``: ``count`` frames are in the log once it is there, so an entry that comes
 twice is refused, and a cursor keeps its meaning where a lost log is written anew. All have `w`, who wrote them, and:
@@ -31,6 +38,8 @@ Channels: `gw:bell:F` rings when a log has grown or a reader was cancelled, `gw:
 which flight of its a reader was cancelled, or has come elsewhere. A ring that is lost, or not allowed, costs only time.
 """
 
+import re
+
 from gateway.core.key import CacheKey
 from gateway.ports import LogName
 
@@ -42,7 +51,18 @@ class Keys:
         self.prefix = prefix
         self.secret = f"{prefix}:secret"
         self.probe = f"{prefix}:probe"
+        self.purges = f"{prefix}:purges"
+        self.recent = f"{prefix}:recent"
+        self.stats = f"{prefix}:stats"
         self.bells = f"{prefix}:bell:"
+        self.recordings = f"{prefix}:{{*}}:rec*"
+        """The pattern of the names of recordings, replaced ones too. No prefix that the configuration takes is a pattern."""
+        self._recording = re.compile(re.escape(f"{prefix}:{{").encode() + rb"([\w-]+)\}:rec(:[\w-]+)?")
+
+    def key_of(self, name: bytes) -> tuple[CacheKey, bool] | None:
+        """Whose recording has this name, and whether it was replaced; None where it is no recording's."""
+        found = self._recording.fullmatch(name)
+        return (CacheKey(found[1].decode()), bool(found[2])) if found else None
 
     def recording(self, key: CacheKey) -> str:
         return f"{self.prefix}:{{{key}}}:rec"

@@ -5,38 +5,38 @@ A lookup is one ``HMGET`` under a hard deadline.
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
-from gateway.core.recording import SCHEMA_VERSION, CorruptRecording, Marks, Meta, Recording
+from gateway.core.recording import Marks, Recording
 from gateway.errors import StoreCorrupt, StoreError, StoreUnavailable
-from gateway.ports import FlightId, LogName, Writer
+from gateway.ports import FlightId, LogName, Want, Writer
 from gateway.store import scripts
-from gateway.store.client import Client, StoreRefused, connect
+from gateway.store.client import Client, Command, StoreRefused, connect
+from gateway.store.inventory import MOST_RECENT, RedisInventory, milliseconds
 from gateway.store.keys import Keys
 from gateway.store.logs import Logs, fenced
+from gateway.store.packing import FIELDS, VERSION, Packer
 from gateway.store.server import Server
 
 __all__ = ["RedisStore", "connect"]
 
-_FIELDS = {"stream": ("v", "meta", "sse", "marks"), "whole": ("v", "meta", "body")}
-_VERSION = b"%d" % SCHEMA_VERSION
-
-# No server refuses such a life: some count it in nanoseconds, one in 28 bits of seconds.
-_LONGEST_LIFE_S = 2**28 - 1
 # Recordings that wait to be written, together. What is beyond is not stored.
 _MAX_UNWRITTEN_BYTES = 67_108_864
 # How often a recording that makes way may turn out to be another one than was thought.
 _STORE_TRIES = 4
 
 
-class RedisStore(Logs):
-    """The `Store` on a Redis client. An async context: entering agrees on the secret, if the server can be reached."""
+class RedisStore(Logs, RedisInventory):
+    """The `Store` and its `Inventory` on a Redis client.
 
-    def __init__(
+    An async context: entering agrees on the secret, if the server can be reached.
+    """
+
+    def __init__(  # noqa: PLR0913  # by keyword, and each with a default
         self,
         client: Client,
         config: RedisConfig,
@@ -44,14 +44,18 @@ class RedisStore(Logs):
         secret: bytes | None = None,
         lease_s: float = 5.0,
         resume_s: float = 300.0,
+        compress_from_bytes: int = 32_768,
     ) -> None:
         keys = Keys(config.prefix)
         server = Server(client, config, self._agree_on_secret, ("HMGET", keys.probe, "v"))
         super().__init__(server, keys, lease_s=lease_s, resume_s=resume_s)
         self._secret = secret or secrets.token_bytes(32)
         self._agree = secret is None
+        self._packer = Packer(compress_from_bytes)
         self._unwritten_bytes = 0
         self._deletions: dict[CacheKey, asyncio.Task[None]] = {}
+        self._to_note: dict[CacheKey, None] = {}
+        self._notes: asyncio.Task[None] | None = None
 
     @property
     def secret(self) -> bytes:
@@ -73,10 +77,10 @@ class RedisStore(Logs):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def lookup(self, key: CacheKey, want: Literal["stream", "whole"], *, patient: bool = False) -> Recording | None:
+    async def lookup(self, key: CacheKey, want: Want, *, patient: bool = False) -> Recording | None:
         try:
-            fields = await self._server.look_up(("HMGET", self._keys.recording(key), *_FIELDS[want]), patient=patient)
-            return _load(want, fields)
+            fields = await self._server.look_up(("HMGET", self._keys.recording(key), *FIELDS[want]), patient=patient)
+            return await self._packer.load(want, fields)
         except StoreCorrupt as error:
             self._discard(key, error)
             raise
@@ -84,8 +88,8 @@ class RedisStore(Logs):
     async def recording_of(self, log: LogName) -> Recording | None:
         """The recording that this flight left, for a stream, if it is still kept."""
         keys = [self._keys.recording(log.key), self._keys.replaced(log)]
-        command = scripts.RECORDING_OF.call(keys, log.flight, *_FIELDS["stream"])
-        return _load("stream", await self._server.run(command, "patient"))
+        command = scripts.RECORDING_OF.call(keys, log.flight, *FIELDS["stream"])
+        return await self._packer.load("stream", await self._server.run(command, "patient"))
 
     async def store(
         self,
@@ -97,14 +101,15 @@ class RedisStore(Logs):
         end: bytes = b"",
     ) -> bool:
         with self._room_for(recording.size_bytes):
+            recorded = await self._recorded(recording)
             own = replaced = LogName(key, FlightId(recording.meta.flight))
             for attempt in range(_STORE_TRIES):
                 names = [self._keys.recording(key), self._keys.replaced(replaced), self._keys.replaced(own)]
-                args = [*self._recorded(recording), int(attempt == _STORE_TRIES - 1)]
+                args = [*recorded, int(attempt == _STORE_TRIES - 1)]
                 if ends:
                     names += self._ownership(ends)
                     args += [ends.flight, str(writer), self._keys.bell(ends.flight), end, recording.meta.frames]
-                answer = await self._server.write(scripts.STORE.call(names, *args))
+                answer = await self._write(scripts.STORE.call(names, *args), key)
                 if not isinstance(answer, bytes):
                     break
                 replaced = LogName(key, FlightId(answer.decode()))
@@ -116,17 +121,47 @@ class RedisStore(Logs):
         await self._server.write(("UNLINK", self._keys.recording(key)))
 
     async def close(self) -> None:
-        tasks = list(self._deletions.values())
+        tasks = [*self._deletions.values(), *filter(None, [self._notes])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(self._bell.close(), self._server.close())
+        self._packer.close()
 
-    def _recorded(self, recording: Recording) -> list[Any]:
+    async def _recorded(self, recording: Recording) -> list[Any]:
         meta, marks = recording.meta, recording.marks or Marks()
-        at_us, life_ms = int(meta.started_at * 1e6), max(1, int(min(meta.ttl_s, _LONGEST_LIFE_S) * 1000))
-        parts = (meta.dumps(), recording.sse or b"", marks.pack(), recording.body or b"")
-        return [_VERSION, at_us, *parts, meta.flight, life_ms, self._resume_ms]
+        at_us, life_ms = int(meta.started_at * 1e6), milliseconds(meta.ttl_s + meta.stale_s)
+        sse, body, request = await self._packer.pack_all([recording.sse or b"", recording.body or b"", recording.request])
+        parts = (meta.dumps(), sse, marks.pack(), body, request)
+        return [VERSION, at_us, *parts, meta.flight, life_ms, self._resume_ms]
+
+    async def _write(self, store: Command, key: CacheKey) -> Any:
+        """Writes a recording, and notes beside it that its key has a recent one, which never fails the write.
+
+        Where the recording gave way to a later one that is true as well.
+        """
+        if self._server.has_nodes:
+            # Another node may have the list: it must not hold this up.
+            answer = await self._server.write(store)
+            self._note(key)
+            return answer
+        answer, *_ = await self._server.write_all([store, *self._noting(key)])
+        if isinstance(answer, StoreError):
+            raise answer
+        return answer
+
+    def _note(self, key: CacheKey) -> None:
+        self._to_note.pop(key, None)
+        self._to_note[key] = None
+        if self._notes is None or self._notes.done():
+            self._notes = asyncio.create_task(self._keep_noting())
+
+    async def _keep_noting(self) -> None:
+        """One after the other, so that a node that is late holds up nothing else."""
+        while self._to_note:
+            keys, self._to_note = list(self._to_note), {}
+            with suppress(StoreError):
+                await self._server.write_all(self._noting(*keys[-MOST_RECENT:]))
 
     @contextmanager
     def _room_for(self, size_bytes: int) -> Iterator[None]:
@@ -164,23 +199,3 @@ class RedisStore(Logs):
         agreed = await self._server.ask(("GET", self._keys.secret))
         if isinstance(agreed, bytes) and 16 <= len(agreed) <= 64:
             self._secret = agreed
-
-
-def _load(want: str, fields: Sequence[bytes | None]) -> Recording | None:
-    """The recording, or None if there is none. Raises `StoreCorrupt`."""
-    version, meta, *parts = fields
-    if version is None and all(field is None for field in fields):
-        return None
-    if version != _VERSION:
-        raise StoreCorrupt(f"its schema is {version!r}, not {_VERSION!r}")
-    if meta is None or None in parts:
-        raise StoreCorrupt("a field is missing")
-    try:
-        if want == "whole":
-            return Recording(Meta.loads(meta), body=parts[0])
-        sse, marks = parts[0] or b"", Marks.unpack(parts[1] or b"")
-        if marks.size != len(sse):
-            raise StoreCorrupt("the marks are of other frames")
-        return Recording(Meta.loads(meta), sse=sse, marks=marks)
-    except CorruptRecording as error:
-        raise StoreCorrupt(str(error)) from None

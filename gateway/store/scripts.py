@@ -234,8 +234,8 @@ _STORE = (
     _COMMON
     + """
 local rec, replaced, own_place, lease, log, now = unpack(KEYS)
-local v, at, meta, sse, marks, body, flight, life_ms, kept_ms, give_up = unpack(ARGV, 1, 10)
-local log_flight, writer, channel, ending, frames = unpack(ARGV, 11)
+local v, at, meta, sse, marks, body, req, flight, life_ms, kept_ms, give_up = unpack(ARGV, 1, 11)
+local log_flight, writer, channel, ending, frames = unpack(ARGV, 12)
 local last = log and last_of(log)
 local ended = last and last._end and last._w == writer
 if last and not ended and fenced(lease, last, writer) then return -1 end
@@ -256,7 +256,8 @@ end
 -- One that comes too late was replayed by its own replica for a moment: who read it there may still resume.
 if not stays or flight ~= '' then
   local place = stays and own_place or rec
-  redis.call('HSET', place, 'v', v, 'at', at, 'meta', meta, 'sse', sse, 'marks', marks, 'body', body, 'flight', flight)
+  redis.call('HSET', place, 'v', v, 'at', at, 'meta', meta, 'sse', sse, 'marks', marks, 'body', body, 'req', req,
+    'flight', flight)
   redis.call('PEXPIRE', place, stays and kept_ms or life_ms)
 end
 if last and not ended then
@@ -301,6 +302,62 @@ return 1
 """
 )
 
+# Tells how many recordings went. Without a flight it is the key's current one, whichever that is.
+_ERASE = (
+    _COMMON
+    + """
+local rec, replaced, log, request, lease = unpack(KEYS)
+local flight, began_by = ARGV[1], tonumber(ARGV[2])
+local gone, stays = 0, false
+for _, name in ipairs({rec, replaced}) do
+  local found = redis.pcall('HMGET', name, 'at', 'flight')  -- of another type it has neither
+  if name == replaced or flight == '' or found[2] == flight then
+    if (tonumber(found[1] or '') or 0) > began_by then stays = true else gone = gone + redis.call('UNLINK', name) end
+  end
+end
+-- Without a lease it may still run: its writer is late, or lost, and then another replica goes on with it.
+if not stays and redis.call('EXISTS', lease) == 0 and last_of(log)._end then redis.call('UNLINK', log, request) end
+return gone
+"""
+)
+
+# What has had its life goes, up to the first that has not: behind it they live longer than they need.
+_MARK = (
+    _COMMON
+    + """
+local purges = KEYS[1]
+local purge, life_ms = ARGV[1], tonumber(ARGV[2])
+local now = now_ms()
+redis.call('XADD', purges, '*', 'purge', purge, 'until', string.format('%.0f', now + life_ms))
+local first
+for _, entry in ipairs(redis.call('XRANGE', purges, '-', '+', 'COUNT', 100)) do
+  first = entry[1]
+  if (tonumber(entry[2][4]) or 0) >= now then break end
+end
+redis.call('XTRIM', purges, 'MINID', first)
+if redis.call('PTTL', purges) < life_ms then redis.call('PEXPIRE', purges, ARGV[2]) end
+return 1
+"""
+)
+
+_COUNT = (
+    _COMMON
+    + """
+redis.call('HSETNX', KEYS[1], 'since', string.format('%.3f', now_ms() / 1000))
+for i = 2, #ARGV, 2 do redis.call('HINCRBYFLOAT', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 1
+"""
+)
+
+# Of what these commands answer, each protocol and each client makes something else; what a script answers is always flat.
+_PURGES = """
+return redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])
+"""
+_COUNTS = """
+return redis.call('HGETALL', KEYS[1])
+"""
+
 
 class Script:
     """A script, called by its digest."""
@@ -324,9 +381,13 @@ STORE = Script(_STORE)
 PEEK = Script(_PEEK)
 RECORDING_OF = Script(_RECORDING_OF)
 CANCEL = Script(_CANCEL)
+ERASE = Script(_ERASE)
+MARK = Script(_MARK)
+PURGES = Script(_PURGES)
+COUNT = Script(_COUNT)
+COUNTS = Script(_COUNTS)
 
-TEXTS = {
-    script.digest: script.text
-    for script in (CLAIM, APPEND, READ, TAKE_OVER, RELEASE, END, STORE, PEEK, RECORDING_OF, CANCEL)
-}
+_ALL = CLAIM, APPEND, READ, TAKE_OVER, RELEASE, END, STORE, PEEK, RECORDING_OF, CANCEL, ERASE, MARK, PURGES, COUNT, COUNTS
+
+TEXTS = {script.digest: script.text for script in _ALL}
 """The scripts by their digests, for a server that does not know them yet."""

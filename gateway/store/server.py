@@ -66,6 +66,11 @@ class Server:
         self._told_at: dict[str, float] = {}
         self._told_away = False
 
+    @property
+    def has_nodes(self) -> bool:
+        """Whether it is a cluster."""
+        return isinstance(self.wire, Cluster)
+
     async def open(self) -> None:
         await self._look()
         self._watch = asyncio.create_task(self._keep_watch())
@@ -116,6 +121,13 @@ class Server:
         if isinstance(answer, Exception):
             raise as_store_error(answer)
         return answer
+
+    async def scan(self, pattern: str, cursor: str, count: int) -> tuple[list[bytes], str]:
+        """As `Wire.scan`. Says nothing of how well the server is: one node that fails is enough. Raises `StoreError`."""
+        self._refuse_if_away()
+        with store_errors_only():
+            async with self._writes, asyncio.timeout(self.config.command_timeout_s):
+                return await self.wire.scan(pattern, cursor, count)
 
     async def write(self, command: Command) -> Any:
         """Raises `StoreError`."""

@@ -50,12 +50,12 @@ def key(body, *, secret=SECRET, owner="owner", api=CHAT, route=("openai", "gpt-4
         (
             CHAT,
             {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello"}]},
-            "0a16f0fc3fef425a688684d85f2983a7fe3254da",
+            "cdfca65973f5dfcd6149ae1b72b27a0dc007f88f",
         ),
-        (CHAT, CHAT_BODY, "65245ea67a2af556be9caaf51ee05edebe0cfe28"),
-        (CHAT, CHAT_BODY | {"stream": True, "user": "me"}, "65245ea67a2af556be9caaf51ee05edebe0cfe28"),
-        (COMPLETIONS, {"model": "gpt-4o", "prompt": "Hello"}, "38f411f3abb131a900d6d9c6206854288589b557"),
-        (COMPLETIONS, COMPLETION_BODY, "3d80eefe9b07d7ac099d4def5a9afd55f82b5b98"),
+        (CHAT, CHAT_BODY, "03d6719eebfca99a6cfa626344fc7a7b53f1996b"),
+        (CHAT, CHAT_BODY | {"stream": True, "user": "me"}, "03d6719eebfca99a6cfa626344fc7a7b53f1996b"),
+        (COMPLETIONS, {"model": "gpt-4o", "prompt": "Hello"}, "95e33cb5ddfb6cccac9247bee03f67f0a03ecf2a"),
+        (COMPLETIONS, COMPLETION_BODY, "fa82ea5cd9fc029d6ca8f121dbcebc9c7a922a99"),
     ],
     ids=["hello", "all", "all streamed", "prompt", "prompts"],
 )

@@ -369,6 +369,7 @@ METAS = st.builds(
     usage=st.none() | st.just(USAGE), body_id=st.none() | st.tuples(st.integers(0, 9), st.integers(10, 20)),
     body_created=st.none() | st.tuples(st.integers(0, 9), st.integers(10, 20)), whole=st.booleans(),
     flight=st.text(max_size=3), runs=st.lists(st.tuples(st.text(max_size=3), st.integers(0, 10**6)), max_size=2).map(tuple),
+    stale_s=st.floats(0, 1e7), size_bytes=st.integers(0, 2**53), tags=st.lists(st.text(max_size=3), max_size=2).map(tuple),
 )  # fmt: skip
 
 
@@ -431,14 +432,16 @@ def test_a_recording_without_the_asked_part_says_so(recording):
     ("original", "fresh"),
     [
         (ID, "chatcmpl-" + TOKEN[:29]),
-        ("cmpl-" + "x" * 16, "cmpl-" + TOKEN[:16]),
-        ("chatcmpl-123", "chatcmpl-" + TOKEN[:24]),
+        ("cmpl-" + "x" * 28, "cmpl-" + TOKEN[:28]),
+        ("cmpl-" + "x" * 23, "cmpl-" + TOKEN[:32]),
+        ("chatcmpl-123", "chatcmpl-" + TOKEN[:32]),
         ("chatcmpl-" + "x" * 64, "chatcmpl-" + TOKEN[:64]),
-        ("chatcmpl-" + "x" * 65, "chatcmpl-" + TOKEN[:24]),
+        ("chatcmpl-" + "x" * 65, "chatcmpl-" + TOKEN[:32]),
         ("0195c1e5-9a4e-7d6c-8d1c-3b1c2f0a9e77", TOKEN[:36]),
-        ("", TOKEN[:24]),
-        ("gen-1741569952-AbCdEfGh", "gen-" + TOKEN[:19]),
-        ("msg_01ABCDEFGHIJKLMNOP", "msg_" + TOKEN[:18]),
+        ("", TOKEN[:32]),
+        ("gen-1741569952-AbCdEfGh", "gen-" + TOKEN[:32]),
+        ("cmpl-" + "x" * 24, "cmpl-" + TOKEN[:24]),
+        ("msg_01ABCDEFGHIJKLMNOPQRSTUVWXYZABC", "msg_" + TOKEN[:31]),
     ],
 )
 def test_a_fresh_identity_has_the_shape_of_the_original(original, fresh):

@@ -1,23 +1,27 @@
 import re
 import string
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.apis import APIS
 from gateway.core.content import Trace
+from gateway.core.recording import Identity
 from gateway.core.stream_id import (
     NO_RUN,
     Cursor,
     StreamId,
     UnknownStream,
+    flight_of,
     format_cursor,
     identity_digits,
     mint,
     open_token,
     parse_after,
     parse_cursor,
+    traceable_digits,
 )
 
 SECRET = b"0123456789abcdef"
@@ -49,6 +53,9 @@ STREAM = StreamId(
     flight="1e" * 8, run=NO_RUN, created=1741569952, nonce=b"12345678",
 )  # fmt: skip
 TOKEN, DIGITS = mint(SECRET, OWNER, STREAM)
+
+
+GOLDEN = "rRZmrOzC0VfB1dvt3kpZ1U2e1462bb8bde02e482e69f9bc2e173fb0b7dc2008b"
 
 
 def owned_by(owner):
@@ -134,7 +141,8 @@ def test_every_api_has_its_number_and_keeps_it():
 
 def test_a_token_of_today_is_read_tomorrow():
     assert TOKEN == "ARMBDw8PDw8PDw8PDw8PDw8PDw8PDw8eHh4eHh4eHgAAAABnzj-gMTIzNDU2NzhbuTvOqwe8IbKFVG1a"
-    assert DIGITS == "bdff8188a539322dde49f41c9f7edb7feedd26c842938033edb8a0ee74e3bc3e"
+    assert DIGITS == GOLDEN
+    assert flight_of(SECRET, "chatcmpl-" + GOLDEN[:29]) == STREAM.flight
 
 
 # The fresh identity
@@ -143,21 +151,76 @@ def test_a_token_of_today_is_read_tomorrow():
 @given(STREAMS, STREAMS, st.text(max_size=3))
 def test_the_identity_is_that_of_all_resumes_of_a_stream(stream, other, owner):
     token, found = mint(SECRET, owner, stream)
-    assert re.fullmatch("[0-9a-f]{64}", found)
+    assert re.fullmatch("[0-9A-Za-z]{22}[0-9a-f]{42}", found)
     assert identity_digits(SECRET, open_token(SECRET, owned_by(owner), token)) == found
     resumed = other._replace(flight=stream.flight, created=stream.created, nonce=stream.nonce)
-    assert mint(SECRET, owner, resumed)[1] == found
+    assert mint(SECRET, owner, resumed)[1] == found == traceable_digits(SECRET, stream.flight, stream.nonce)
 
 
-@pytest.mark.parametrize("members", [{"flight": "00" * 8}, {"created": 1}, {"nonce": b"87654321"}])
+@pytest.mark.parametrize("members", [{"flight": "00" * 8}, {"nonce": b"87654321"}])
 def test_another_stream_has_another_identity(members):
     assert identity_digits(SECRET, STREAM._replace(**members)) != DIGITS
     assert identity_digits(SECRET + b"x", STREAM) != DIGITS
 
 
-def test_the_identity_tells_nothing_of_the_token():
-    assert DIGITS[:20] not in open_token(SECRET, owned_by(OWNER), TOKEN).nonce.hex()
-    assert bytes.fromhex(DIGITS)[:13] not in TOKEN.encode()
+def name_of(shown):
+    """The sixteen bytes behind the first 22 digits, of which the pair that counts least comes first."""
+    alphabet = string.digits + string.ascii_uppercase + string.ascii_lowercase
+    pairs = [alphabet.index(shown[at]) * 62 + alphabet.index(shown[at + 1]) for at in range(0, 22, 2)]
+    return sum(pair * 3844**place for place, pair in enumerate(pairs)).to_bytes(16)
+
+
+def test_outsiders_can_neither_read_nor_link_the_flight():
+    shown = [traceable_digits(SECRET, STREAM.flight, bytes([number]) * 8) for number in range(100)]
+    assert {name_of(digits)[:8] for digits in shown} == {bytes([number]) * 8 for number in range(100)}
+    masked = {name_of(digits)[8:] for digits in shown}
+    assert len(masked) == 100
+    assert bytes.fromhex(STREAM.flight) not in masked
+
+
+ORIGINALS = st.builds(
+    lambda prefix, length: prefix + "x" * length,
+    st.sampled_from(["", "chatcmpl-", "cmpl-", "gen_", "X-"]),
+    st.integers(0, 70),
+)
+
+
+@given(SECRETS, digits(16), st.binary(min_size=8, max_size=8), ORIGINALS)
+def test_a_shown_id_leads_back_to_its_flight(secret, flight, nonce, original):
+    shown = orjson.loads(Identity.fresh(original, traceable_digits(secret, flight, nonce), 0.0).id)
+    assert flight_of(secret, shown) == flight
+    assert flight_of(secret, "resp_" + shown) == flight
+    other = secret + b"x" if len(secret) < 64 else secret[1:]
+    assert flight_of(other, traceable_digits(secret, flight, nonce)) is None
+
+
+def test_with_any_other_character_it_is_another_id():
+    for shown in (DIGITS[:29], DIGITS):
+        for at in range(len(shown)):
+            found = [char for char in string.printable + "ä" if flight_of(SECRET, shown[:at] + char + shown[at + 1 :])]
+            assert found == [shown[at]]
+
+
+def test_what_is_cut_is_another_id():
+    assert [length for length in range(70) if flight_of(SECRET, (DIGITS + "000000")[:length])] == list(range(24, 65))
+    assert not any(flight_of(SECRET, DIGITS[start:]) for start in range(1, 36))
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "", "chatcmpl-", "chatcmpl-123", "chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT", "0195c1e5-9a4e-7d6c-8d1c-3b1c2f0a9e77",
+        "chatcmpl-" + "0" * 29, "chatcmpl-" + "0f" * 16, "v" * 64, DIGITS.swapcase(), DIGITS + "\n", TOKEN,
+        "-" * 5000, "٣" * 32,
+    ],
+)  # fmt: skip
+def test_any_other_id_leads_nowhere(shown):
+    assert flight_of(SECRET, shown) is None
+
+
+@given(st.text(max_size=23) | st.from_regex(r"[a-z]*-?[0-9A-Za-z]{22}[0-9a-f]{8,42}", fullmatch=True))
+def test_no_text_is_taken_for_an_id_of_ours(shown):
+    assert flight_of(SECRET, shown) is None
 
 
 # Cursors
