@@ -112,7 +112,7 @@ class CacheConfig(_Section):
     stale_s: SecondsOrZero = 0.0
     stale_if_error_s: SecondsOrZero = 0.0
     max_recording_bytes: Count = 8_388_608
-    compress_from_bytes: CountOrZero = 4096
+    compress_from_bytes: CountOrZero = 32_768
     keep_requests: bool = True
     ignored_paths: tuple[DottedPath, ...] = ()
     finish_reasons: FinishReasons = frozenset({"stop", "tool_calls", "function_call", "length"})

@@ -127,7 +127,7 @@ class Service:
             if flight is None or _is_refresh(flight):
                 recording, miss = await self._lookup(question)
                 if recording and miss.kind == "hit":
-                    return self._replay_and_refresh(question, recording)
+                    return self._replay_and_refresh(question, recording, miss)
                 if recording:
                     seen_us = int(recording.meta.started_at * 1e6)
                 # Another caller may have begun while this one looked; nothing is awaited between here and the start.
@@ -158,21 +158,18 @@ class Service:
         meta, now = recording.meta, self._clock.now()
         if self._purges.covers(question.key, meta):
             return Disposition("miss", "purged")
-        refusal = question.request.directives.refusal(meta, now, question.rules.stale_s)
-        stale = staleness_s(meta, now) > 0
-        if refusal:
-            detail = "" if refusal == "stale" else refusal
-            return Disposition("miss", detail, fwd="stale" if stale else "request")
-        detail = "stale-while-revalidate" if stale and question.request.directives.max_stale_s is None else ""
-        if stale and not detail:
-            detail = "max-stale"
-        return Disposition("hit", detail, age_s=age_s(meta, now), ttl_s=remaining_s(meta, now))
+        directives, ttl_s = question.request.directives, remaining_s(meta, now)
+        if refusal := directives.refusal(meta, now, question.rules.stale_s):
+            return Disposition("miss", "" if refusal == "stale" else refusal, fwd="stale" if ttl_s < 0 else "request")
+        detail = ""
+        if ttl_s < 0:
+            detail = "stale-while-revalidate" if directives.max_stale_s is None else "max-stale"
+        return Disposition("hit", detail, age_s=age_s(meta, now), ttl_s=ttl_s)
 
-    def _replay_and_refresh(self, question: Question, recording: Recording) -> Opened:
-        meta, now = recording.meta, self._clock.now()
-        if 0 < staleness_s(meta, now) <= question.rules.stale_s:
-            self._fetch(question, int(meta.started_at * 1e6))
-        return self._replay(question, recording, self._judged(question, recording))
+    def _replay_and_refresh(self, question: Question, recording: Recording, hit: Disposition) -> Opened:
+        if hit.ttl_s < 0 and staleness_s(recording.meta, self._clock.now()) <= question.rules.stale_s:
+            self._fetch(question, int(recording.meta.started_at * 1e6))
+        return self._replay(question, recording, hit)
 
     def _fetch(self, question: Question, seen_us: int = -1) -> None:
         """Begins a call in the background whose answer is stored; over all replicas one at a time."""
@@ -210,7 +207,7 @@ class Service:
         if flight.outcome and (recording := await flight.sealed()):
             judged = self._judged(question, recording)
             if judged.kind == "hit":
-                return self._replay_and_refresh(question, recording)
+                return self._replay_and_refresh(question, recording, judged)
             return await self._start(question, judged, int(recording.meta.started_at * 1e6))
         return await self._opened_when_resolved(question, flight, Disposition("collapsed", miss.detail, fwd=miss.fwd))
 
