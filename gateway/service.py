@@ -34,7 +34,7 @@ from gateway.tally import Tally
 
 _MISS = Disposition("miss")
 _DISABLED = Disposition("bypass", "disabled", fwd="bypass")
-_MAX_TURNS = 4096
+_MAX_REFRESHED = 4096
 _ANY_TIME_US = 1 << 62
 # A stale answer asks for a fresh one at most so often, in each replica: the model may be down, or another one is at it.
 _REFRESH_EVERY_S = 1.0
@@ -187,7 +187,7 @@ class Service:
             return
         if now_s - self._refreshed.get(key, -_REFRESH_EVERY_S) < _REFRESH_EVERY_S:
             return
-        if len(self._refreshed) >= _MAX_TURNS:
+        if len(self._refreshed) >= _MAX_REFRESHED:
             self._refreshed.clear()
         self._refreshed[key] = now_s
         self._flights.start(self._questions.plan(question, background=True, newer_than_us=seen_us))
