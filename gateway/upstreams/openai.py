@@ -241,7 +241,7 @@ class OpenAIUpstream:
             response.close()
 
     def _timeout_of(self, patience: Patience) -> aiohttp.ClientTimeout:
-        """A connection may be silent for as long as an answer may, at its beginning or later; the asker has shorter limits."""
+        """A connection may be silent for as long as an answer may, at its beginning or later; who asks has its own."""
         connect_s = patience.connect_s or self._config.connect_timeout_s
         silent_s = max(patience.first_byte_s or 0.0, patience.idle_s or self._config.idle_timeout_s)
         return aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s, sock_read=silent_s)
