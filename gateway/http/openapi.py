@@ -12,7 +12,7 @@ _STATUSES = {
     413: "The request body is too large.",
     415: "The request body is declared as something else than JSON.",
     502: "The upstream cannot be reached, or its answer is no answer.",
-    503: "The gateway is shutting down, or the store that `only-if-cached` needs cannot be reached.",
+    503: "The queue of the upstream is full, the gateway is shutting down, or the store that is needed cannot be reached.",
     504: "The upstream took too long, or `only-if-cached` was asked and the answer is not in the cache.",
 }
 
