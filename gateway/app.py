@@ -339,7 +339,7 @@ def describe_upstreams(config: Config) -> str:
 
 def _described(upstream: UpstreamConfig) -> str:
     models = [*upstream.models, *upstream.aliases, *(["any other model"] if upstream.default else [])]
-    serves = ", ".join(models) or "no model"
+    serves = (", ".join(models) or "no model") + (f", in the group {upstream.group}" if upstream.group else "")
     if isinstance(upstream, OpenAIUpstreamConfig):
         key = f"key from {', '.join(upstream.key_names)}" if upstream.key_names else "the caller's own key"
         return f"{upstream.base_url} ({key}) for {serves}"

@@ -456,6 +456,45 @@ async def test_a_simulated_model_can_stand_in(start_gateway, upstream):
     assert got.headers["Gateway-Upstream"] == "demo"
 
 
+async def test_a_langchain_model_that_fails_is_asked_again_and_stood_in_for(start_gateway, upstream):
+    failing = {"responses": ["never said"], "error_on_chunk_number": 0}
+    gateway = await start_gateway(
+        retries=RETRIES,
+        upstreams=[
+            {
+                "name": "chain",
+                "kind": "langchain",
+                "target": "langchain_core.language_models.fake_chat_models.FakeListChatModel",
+                "arguments": failing,
+                "models": ["model-1"],
+            },
+            entry(upstream, "backup", models=["small"]) | {"api_key_env": "KEY"},
+        ],
+        models=[{"names": ["model-1"], "fallbacks": ["small"]}],
+        environ={"KEY": "k"},
+    )
+    got = await gateway.chat(stream=True)
+    assert content(got) == "Hello world"
+    assert got.headers["Gateway-Upstream"] == "backup"
+    deployment = gateway.service._questions._router.upstreams[0].pool.deployments[0]
+    assert round(deployment.health._failures) == 3
+
+
+async def test_the_access_log_names_who_has_answered_or_refused(start_gateway, upstream, other, capsys):
+    gateway = await start_gateway({"KEY": "k"}, log={"access": True}, **standing_in(upstream, other, api_key_env="KEY"))
+    upstream.script = refuses(503)
+    await gateway.chat()
+    await gateway.chat(stream=True, headers=NO_STORE)
+    other.script = refuses(500)
+    await gateway.chat(headers=NO_STORE)
+    async with asyncio.timeout(5):
+        lines = []
+        while len(lines) < 3:
+            lines += capsys.readouterr().err.splitlines()
+            await asyncio.sleep(0.01)
+    assert [line.split(" upstream=")[1].split()[0] for line in lines] == ["backup", "backup", "first"]
+
+
 # Several deployments
 
 
@@ -527,7 +566,7 @@ async def test_a_deployment_that_fails_is_left_alone_until_one_call_finds_it_wel
 
     while not caplog.records:
         await one_more()
-    assert "upstream eu is left alone for 0.1 s" in caplog.text
+    assert "upstream eu fails too often: for 0.1 s it is asked only" in caplog.text
     failed, upstream.script = len(upstream.asked), say_hello
     assert failed >= 3
     while len(upstream.asked) == failed:  # until its time is over

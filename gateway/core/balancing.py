@@ -120,7 +120,7 @@ class KeyRing:
     """Several keys of one account or of many. One serves until it is refused: providers cache prompts by key."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self._keys = tuple(keys)
+        self._keys = tuple(dict.fromkeys(keys))
         self._current = 0
         self._rests: dict[tuple[str, str], float] = {}
 

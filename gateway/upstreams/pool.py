@@ -91,7 +91,8 @@ class Deployment:
             if self.judge(error).is_fault:
                 left_alone_s = health.fail(ticket, monotonic(), spoke=spoke)
                 if left_alone_s:
-                    log.warning("upstream %s is left alone for %g s: %s", self.name, left_alone_s, error.message)
+                    told = "upstream %s fails too often: for %g s it is asked only where nobody else can answer (%s)"
+                    log.warning(told, self.name, left_alone_s, error.message)
             raise
         finally:
             health.drop(ticket)
