@@ -44,8 +44,9 @@ from gateway.store.in_process import in_process_redis
 from gateway.store.redis import RedisStore, connect
 from gateway.streams import Streams
 from gateway.tally import Tally
+from gateway.upstreams.asking import AskingTerms, Target
 from gateway.upstreams.pool import Deployment, Pool
-from gateway.upstreams.resilient import AskingTerms, Resilient, Target
+from gateway.upstreams.resilient import Resilient
 from gateway.upstreams.router import Router
 
 log = logging.getLogger(__name__)
