@@ -28,7 +28,7 @@ from gateway.upstreams.resilient import Resilient
 
 ROLE = orjson.dumps(chunk({"role": "assistant", "content": ""}))
 TOKEN = orjson.dumps(chunk({"content": "x"}))
-HOWS = ["unreachable", "503", "429", "400", "wrong", "silent", "broken at once", "broken later", "good", "whole"]
+HOWS = ["unreachable", "503", "429", "400", "wrong", "silent", "reports", "broken at once", "broken later", "good", "whole"]
 
 
 class Clock:
@@ -76,6 +76,8 @@ class Scripted:
         try:
             yield [ROLE]
             await asyncio.sleep(0)
+            if how == "reports":
+                yield [b'{"error": "Overloaded."}']
             if how == "broken at once":
                 raise UpstreamBroke("broke")
             yield [TOKEN]
@@ -94,7 +96,8 @@ class World:
     """Two groups, the second of which stands in for the first."""
 
     def __init__(self, hows, retries, *, concurrent, fallbacks):
-        self.seen, self.upstreams, clock = [], [], Clock()
+        self.seen, self.upstreams = [], []
+        clock = self.clock = Clock()
         rules = RuleBook(ModelRules(retries=retries), [(("m",), {"fallbacks": ("n",) if fallbacks else ()})])
         terms = AskingTerms(rules, RetriesConfig(backoff_s=0.0), 0.01, 100.0, clock, lambda: 0.5)
         self.pools = {}
@@ -112,7 +115,7 @@ class World:
                     queue_timeout_s=0.01,
                 )
                 self.upstreams.append(Scripted(name, list(member), self.seen))
-                rules_of_ejection = EjectionRules(min_calls=3)
+                rules_of_ejection = EjectionRules(min_calls=2)
                 deployments.append(Deployment(config, self.upstreams[-1], rules_of_ejection, clock))
             self.pools[group] = Pool(group, deployments, RetryBudget(0.5, 100.0, clock.monotonic()), lambda: 0.5)
         self.resilient = Resilient(self.pools["a"], terms, lambda name: Target(self.pools["b"], name))
@@ -188,6 +191,7 @@ def test_many_calls_whose_callers_leave_at_any_moment(ours, theirs, retries, liv
         world = World({"a": ours, "b": theirs}, retries, concurrent=concurrent, fallbacks=True)
         tasks = [asyncio.ensure_future(world.ask()) for _ in lives]
         for turn in range(14):
+            world.clock.s += 2
             for task, life in zip(tasks, lives, strict=True):
                 if life == turn and life < 12:
                     task.cancel()
@@ -195,6 +199,7 @@ def test_many_calls_whose_callers_leave_at_any_moment(ours, theirs, retries, liv
             await asyncio.sleep(0)
         ended = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(each, asyncio.CancelledError | tuple) for each in ended)
+        assert await asyncio.gather(*(world.ask() for _ in range(2)))
         world.assert_nothing_is_left()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -210,4 +215,20 @@ async def test_whoever_waits_in_vain_is_told_so_once_and_fast():
     assert asyncio.get_running_loop().time() - began < 0.5
     assert world.seen == [("b0", "503")]
     slot.release()
+    world.assert_nothing_is_left()
+
+
+async def test_a_probe_that_is_given_up_makes_way_for_the_next_one():
+    world = World({"a": [["503", "503", "silent", "good"]], "b": [[]]}, 0, concurrent=2, fallbacks=True)
+    for _ in range(3):
+        assert (await world.ask())[2].headers[GATEWAY_UPSTREAM] == "b0"
+    assert [name for name, _ in world.seen] == ["a0", "b0", "a0", "b0", "b0"]
+    world.clock.s += 6
+    probe = asyncio.ensure_future(world.ask())
+    while world.seen[-1] != ("a0", "silent"):
+        await asyncio.sleep(0)
+    assert (await world.ask())[2].headers[GATEWAY_UPSTREAM] == "b0"
+    probe.cancel()
+    await asyncio.gather(probe, return_exceptions=True)
+    assert (await world.ask())[2].headers[GATEWAY_UPSTREAM] == "a0"
     world.assert_nothing_is_left()
