@@ -55,7 +55,12 @@ SERVICE = web.AppKey("service", Service)
 STREAMS = web.AppKey("streams", Streams)
 RUNNING = web.AppKey("running", edge.Running)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
-RUNNER_OPTIONS: dict[str, Any] = {"handler_cancellation": True, "access_log": None, "keepalive_timeout": 75.0}
+RUNNER_OPTIONS: dict[str, Any] = {
+    "handler_cancellation": True,
+    "access_log": None,
+    "logger": edge.server_log,
+    "keepalive_timeout": 75.0,
+}
 _BACKLOG = 4096
 # A request makes a thousand objects and leaves no cycles behind: by default each would pay for a collection.
 _GC_THRESHOLD = 20_000
@@ -242,7 +247,9 @@ def _flight_rules(config: Config) -> Rules:
 
 def _add_routes(app: web.Application, config: Config, store: Store, router: Router) -> None:
     server = config.server
-    timing = completions.Timing(server.head_after_s, server.keepalive_s, server.write_timeout_s)
+    timing = completions.Timing(
+        server.head_after_s, server.keepalive_s, server.write_timeout_s, config.redis.lookup_timeout_s
+    )
     own: dict[str, list[str]] = {}
     for api in APIS.values():
         handler = completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)

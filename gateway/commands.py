@@ -7,11 +7,12 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from gateway.config import load
 from gateway.errors import CommandFailed
@@ -47,7 +48,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     listing.add_argument("--stale", action="store_true", help="only those that are not fresh any more")
     listing.add_argument("--limit", type=_positive, metavar="N", help="no more than so many")
     show = _parser(commands, "show", "show one entry", "gateway show KEY --part body | jq .choices", _show)
-    show.add_argument("key", metavar="KEY", help="the entry's key, as `gateway list` tells it")
+    show.add_argument("key", type=_key, metavar="KEY", help="the entry's key, as `gateway list` tells it")
     show.add_argument("--part", choices=("body", "stream", "timing", "request"), help="only this, as it is stored")
     _add_purge(commands)
     _add_explain(commands)
@@ -109,9 +110,15 @@ def _parser(commands: Any, name: str, what: str, example: str, command: Command)
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError("it must be a whole number, 1 or more")
+    return int(text)
+
+
+def _key(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{40}", text):
+        raise argparse.ArgumentTypeError("it must be 40 hexadecimal digits, in lower case")
+    return text
 
 
 # Where the gateway is, and how to get in
@@ -138,24 +145,32 @@ def _run(command: Command, options: argparse.Namespace) -> int:
 
 def _access(options: argparse.Namespace) -> tuple[str, str]:
     """The gateway's address and its admin key. The configuration is read only for what the command line leaves open."""
-    url, key, variable = options.url, None, options.key_env
-    if variable:
-        key = os.environ.get(variable, "").strip()
+    url, variable = options.url, options.key_env
     if not (url and variable):
-        loaded = load(options.config, os.environ)
-        server = loaded.config.server
-        url = url or _url(server.host, server.port)
-        if not variable:
-            variable = loaded.config.admin.key_env
-            key = loaded.secrets.get(variable, "") or os.environ.get(variable, "").strip()
+        # The secrets of the upstreams are the gateway's business.
+        config = load(options.config, os.environ, secrets_needed=False).config
+        url = url or _url(config.server.host, config.server.port)
+        variable = variable or config.admin.key_env
     if not variable:
         raise CommandFailed("no admin key: name its variable in [admin] key_env of the configuration, or with --key-env", 2)
+    key = os.environ.get(variable, "").strip()
     if not key:
         raise CommandFailed("no admin key: the variable that --key-env or [admin] key_env names is not set", 2)
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise CommandFailed("--url must begin with http:// or https://", 2)
+    if not key.isprintable():
+        raise CommandFailed("the admin key has characters that no header can hold", 2)
+    if not _is_address(url):
+        raise CommandFailed("--url must begin with http:// or https://, and have a host and no user or query", 2)
     return url.rstrip("/").removesuffix("/v1"), key
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return False
+    rest = parts.username is not None or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not rest
 
 
 def _url(host: str, port: int) -> str:
@@ -215,7 +230,7 @@ def _filters(options: argparse.Namespace, left: int | None, cursor: str) -> dict
 async def _show(remote: "Remote", options: argparse.Namespace) -> int:
     from gateway import tables  # noqa: PLC0415
 
-    path = f"/admin/entries/{quote(options.key, safe='')}"
+    path = f"/admin/entries/{options.key}"
     if options.part:
         tables.raw(await remote.raw(path, {"part": options.part}))
         return 0
@@ -231,7 +246,9 @@ async def _purge(remote: "Remote", options: argparse.Namespace) -> int:
     if not (wanted or options.all):
         options.usage_error(f"say what to purge: {', '.join(f'--{name}' for name in SELECTORS)}, or --all")
     wanted |= {name: True for name in ("all", "dry_run") if getattr(options, name)}
-    asks = options.all and not (options.yes or options.dry_run) and sys.stdin.isatty()
+    asks = options.all and not (options.yes or options.dry_run)
+    if asks and not sys.stdin.isatty():
+        options.usage_error("--all needs --yes where nobody can be asked")
     if asks and not tables.confirmed(f"Purge everything that {remote.url} has stored?"):
         raise CommandFailed("nothing was purged")
     with tables.progress("looked at", "meant" if options.dry_run else "purged") as tell:
@@ -262,7 +279,7 @@ def _read_request(file: str) -> dict[str, Any]:
         request = json.loads(text)
     except OSError as error:
         raise CommandFailed(f"{file} cannot be read: {error.strerror}", 2) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandFailed(f"{file} is not JSON: {error}", 2) from None
     if not isinstance(request, Mapping):
         raise CommandFailed(f"{file} is not a request: it must be a JSON object", 2)

@@ -351,10 +351,16 @@ class Loaded:
     """The HTTP proxies that the environment prescribes (``HTTPS_PROXY``, ``NO_PROXY`` …), by the upstreams' names."""
 
 
-def load(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapping[str, Any]] | None = None) -> Loaded:
+def load(
+    path: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    secrets_needed: bool = True,
+) -> Loaded:
     """Reads ``path`` (by default ``config.toml``, if there is one), the environment and ``flags`` (by section).
 
-    Raises `ConfigError` with every problem found.
+    ``secrets_needed``: whether the secrets that it names must be there. Raises `ConfigError` with every problem found.
     """
     values, source = _read(path)
     flags = flags or {}
@@ -364,12 +370,12 @@ def load(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapp
     for layer in (overrides, flags):
         _lay_over(values, layer)
     try:
-        config = Config.model_validate(values, context=environ)
+        config = Config.model_validate(values, context=environ if secrets_needed else None)
     except ValidationError as error:
         raise ConfigError(problems + [_problem(detail, settings) for detail in error.errors()]) from None
     if problems:
         raise ConfigError(problems)
-    secrets = {name: environ[name].strip() for name in _secret_names(config) if name}
+    secrets = {name: environ[name].strip() for name in _secret_names(config) if name in environ}
     # Not an error: Kubernetes puts GATEWAY_SERVICE_HOST and the like there for a service of that name.
     unknown = sorted(
         name for name in environ if name.startswith(PREFIX) and name not in secrets.keys() | _variables().keys()

@@ -105,6 +105,8 @@ class Flight:
         """Whether a purge has come since it began: it takes no more readers, and is not stored."""
         self.background = False
         """Whether it was begun for the store, and nobody waits for it."""
+        self.replaces = False
+        """Whether something was stored that would not do for who began it: for others it may, while this runs."""
         self.retired = False
         self.resolution: Resolution | None = None
         """None until it is known."""

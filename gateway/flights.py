@@ -7,6 +7,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import orjson
+
 from gateway.core.apis import Api
 from gateway.core.content import Continuation
 from gateway.core.key import CacheKey
@@ -38,6 +40,8 @@ _TIMER_STEP_S = 0.002  # a timer may be early by so much
 _LAST_WORDS_S = 1.0
 # How much of a lease a resumer waits for a writer whose lease it has never seen: it may only have been evicted.
 _PATIENT_LEASES = 0.5
+# A caller waits for it.
+_PEEK_S = 0.05
 
 NewId = Callable[[int], str]
 """So many random bytes, as hexadecimal digits."""
@@ -99,6 +103,7 @@ class Flights:
         # What is not kept, and not joined, is assembled only for a caller who wants it whole.
         flight = self._flight(plan.call.api, name, assemble=name is not None or not plan.call.streamed)
         flight.labels, flight.background = plan.labels, plan.background
+        flight.replaces = plan.background or plan.newer_than_us >= 0
         if plan.key is not None and plan.joinable:
             self._by_key[plan.key] = flight
         self._drive(flight, plan, partial(self._fly, flight, plan))
@@ -207,9 +212,10 @@ class Flights:
         if claimed.follow is None or claimed.follow == name.flight:
             return True
         there = LogName(name.key, claimed.follow)
-        if known := self._by_name.get(there):
-            if known.outcome or not known.is_joinable:
-                return True
+        purged, known = await self._was_purged(there, plan), self._by_name.get(there)
+        if purged or (known and (known.outcome or not known.is_joinable)):
+            return True
+        if known:
             flight.instead = known
             self._by_key[name.key] = known
             flight.resolve("followed")
@@ -219,8 +225,22 @@ class Flights:
         flight.resolve("followed")
         return False
 
+    async def _was_purged(self, there: LogName, plan: Plan) -> bool:
+        """Whether another replica's flight began before a purge that is known here. Its replica keeps newcomers away, but
+        not one that has just died, or hangs.
+        """
+        labels = plan.labels and plan.labels._replace(flight=there.flight)
+        if labels is None or not self._purges.cover(labels, 0.0):
+            return False
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(_PEEK_S):
+                head = (await self._store.peek(there)).head
+            return bool(head) and self._purges.cover(labels, orjson.loads(head)["started_at"])
+        return False
+
     async def _lead(self, flight: Flight, plan: Plan, continuation: Continuation | None = None) -> None:
         flight.on_unread = partial(self._unread, flight, plan)
+        flight.labels = flight.labels or plan.labels  # who only resumed it did not know them
         if flight.name:
             flight.in_doubt = continuation is not None
             self._by_name[flight.name] = flight
@@ -390,7 +410,7 @@ class Flights:
         shared = self._shared.pop(flight, None)
         if shared is None:
             return
-        recording = flight.recording if await self._is_still_wanted(flight) else None
+        recording = flight.recording if await self._is_still_wanted(flight, plan) else None
         try:
             if recording and flight.served and plan.key_of:
                 await self._sharing.finish(shared, Complete())
@@ -405,11 +425,14 @@ class Flights:
         if kept and recording:
             self._tally.add(recording.meta.model, "stored")
 
-    async def _is_still_wanted(self, flight: Flight) -> bool:
+    async def _is_still_wanted(self, flight: Flight, plan: Plan) -> bool:
         """Whether no purge has come meanwhile."""
         if flight.recording and not flight.purged:
             with suppress(StoreError):
                 await self._purges.refresh()
+            # One that was known here before the flight was, or is about who has served it.
+            key = plan.key_of(flight.served) if flight.served and plan.key_of else plan.key
+            flight.purged |= key is not None and self._purges.covers(key, flight.recording.meta)
         if flight.recording and flight.purged:
             flight.recording = None
             flight.keep(kept=False, why_not="purged")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 _FLUSH_S = 0.2
+_LONGEST_TEXT = 300
 
 
 class RequestDetails(NamedTuple):
@@ -38,7 +39,7 @@ class AccessLog:
             f"{details.method} {_plain(details.path)} {details.status} {details.duration_s * 1000:.1f}ms "
             f"{details.bytes_sent}B id={details.request_id} model={_plain(details.model) or '-'} "
             f"upstream={details.upstream or '-'} cache={details.cache_status!r}"
-            f"{f' error={details.error!r}' if details.error else ''}\n"
+            f"{f' error={_short(details.error)!r}' if details.error else ''}\n"
         )
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
@@ -53,5 +54,10 @@ class AccessLog:
 
 
 def _plain(text: str) -> str:
-    """No line of a log may be made by a caller."""
+    """No line of a log may be made by a caller, nor be as long as one likes."""
+    text = _short(text)
     return text if text.isprintable() and " " not in text else repr(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"

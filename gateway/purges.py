@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from gateway.core.key import CacheKey
-from gateway.core.purge import Labels, Purge
+from gateway.core.purge import Labels, Marks, Purge
 from gateway.core.recording import Meta
 from gateway.errors import StoreError
 from gateway.ports import LOG_START, Clock, Store
@@ -48,9 +48,11 @@ class Purges:
         self._store = store
         self._clock = clock
         self._cursor = LOG_START
-        self._marks: dict[Purge, None] = {}
+        self._marks = Marks()
         self._task: asyncio.Task[None] | None = None
         self._reading = asyncio.Lock()
+        self._reads = self._last_read = 0
+        """How many looks were begun, and which of them was the last that found what there was."""
 
     async def open(self) -> None:
         """From now on marks are looked for; those that are there are known, if the store can be reached."""
@@ -66,23 +68,28 @@ class Purges:
 
     def learn(self, purge: Purge) -> None:
         """From now on this replica obeys it."""
-        if purge not in self._marks:
-            self._marks[purge] = None
+        if self._marks.add(purge):
             self.on_learned(purge)
 
     async def refresh(self) -> None:
         """Learns what is new. Raises `StoreError`."""
+        begun = self._reads
         async with self._reading:
+            if self._last_read > begun:
+                return  # many answers may end at once: a look that began after this one was asked for will do
+            self._reads = this = self._reads + 1
             found, self._cursor = await self._store.purges(self._cursor)
-        for purge in found:
-            self.learn(purge)
+            self._last_read = this
+            for purge in found:
+                self.learn(purge)
 
     def covers(self, key: CacheKey, meta: Meta) -> bool:
         """Whether a recording must not be served. On the way of every hit."""
-        if not self._marks:
-            return False
-        labels = labels_of(key, meta)
-        return any(purge.covers(labels, meta.started_at) for purge in self._marks)
+        return bool(self._marks) and self._marks.cover(labels_of(key, meta), meta.started_at)
+
+    def cover(self, labels: Labels, started_at: float) -> bool:
+        """Whether an answer that was begun at that time was purged; 0: whether one may have been."""
+        return self._marks.cover(labels, started_at)
 
     async def _run(self) -> None:
         while True:
@@ -94,6 +101,4 @@ class Purges:
             self._forget_old()
 
     def _forget_old(self) -> None:
-        oldest_us = (self._clock.now() - self.life_s) * 1e6
-        for purge in [purge for purge in self._marks if purge.at_us < oldest_us]:
-            del self._marks[purge]
+        self._marks.forget((self._clock.now() - self.life_s) * 1e6)

@@ -136,6 +136,11 @@ class Question(NamedTuple):
     key: CacheKey
     sample_of: CacheKey | None = None
 
+    def tagged(self, tags: tuple[str, ...]) -> "Question":
+        """The same, whose answer has those tags."""
+        controls = self.request.controls._replace(tags=tags)
+        return self._replace(request=self.request._replace(controls=controls))
+
 
 class Questions:
     """Turns requests into questions, and questions into plans of calls."""

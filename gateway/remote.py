@@ -93,7 +93,7 @@ def _refuse(status: int, content: bytes, url: str) -> NoReturn:
         raise CommandFailed(f"the gateway at {url} does not take this admin key")
     if code == "unknown_url":
         raise CommandFailed(_IS_OFF)
-    raise CommandFailed(message)
+    raise CommandFailed(message, 2 if status == 400 else 1)
 
 
 def _parsed(content: bytes) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from gateway.core.key import CacheKey, sample_key
+from gateway.core.policy import staleness_s
 from gateway.core.recording import Meta
 from gateway.errors import StoreError
 from gateway.ports import Clock, Store
@@ -15,10 +16,12 @@ _MAX_TURNS = 4096
 
 
 class Chosen(NamedTuple):
-    """The sample that is a request's, and one that is still missing, if any is."""
+    """The sample that is a request's, and one that is still missing, or too old, if any is."""
 
     sample: int
     missing: int | None = None
+    seen_us: int = -1
+    """When the flight of that one began, where it is too old."""
 
 
 class Samples:
@@ -32,19 +35,30 @@ class Samples:
         self._seed = seed
         self._turns: dict[CacheKey, int] = {}
 
-    async def choose(self, key: CacheKey, samples: int, *, accept: Callable[[Meta, float], bool], replace: bool) -> Chosen:
-        """``accept`` tells whether a stored answer will do, ``replace`` that the chosen one will be written anew."""
+    async def choose(
+        self, key: CacheKey, samples: int, *, accept: Callable[[Meta, float], bool], stale_s: float, replace: bool
+    ) -> Chosen:
+        """``accept`` tells whether a stored answer will do, ``stale_s`` for how long a stale one does where a caller says
+        nothing, ``replace`` that the chosen one will be written anew.
+        """
         metas = await asyncio.gather(*(self._meta(sample_key(key, sample)) for sample in range(samples)))
-        missing = next((sample for sample, meta in enumerate(metas) if meta is None), None)
-        if replace:
-            return Chosen(missing if missing is not None else _oldest(metas))
         now = self._clock.now()
+        # What is kept for errors only, nobody would ask for: it would stay until its end.
+        lacking = [
+            sample
+            for sample, meta in enumerate(metas)
+            if meta is None or (staleness_s(meta, now) > stale_s and not accept(meta, now))
+        ]
+        if replace:
+            return Chosen(lacking[0] if lacking else _oldest(metas))
         # What the model said twice is one answer.
         different = {meta.content or str(sample): sample for sample, meta in enumerate(metas) if meta and accept(meta, now)}
         if not different:
-            # All who come before there is an answer share one call.
-            return Chosen(0 if metas[0] is None else _oldest(metas))
-        return Chosen(self._pick(key, sorted(different.values())), missing)
+            # All who come before there is an answer share one call. One that is there may stand in for an error.
+            return Chosen(_oldest(metas))
+        missing = lacking[0] if lacking else None
+        seen = metas[missing] if missing is not None else None
+        return Chosen(self._pick(key, sorted(different.values())), missing, int(seen.started_at * 1e6) if seen else -1)
 
     async def _meta(self, key: CacheKey) -> Meta | None:
         try:
@@ -63,8 +77,5 @@ class Samples:
 
 
 def _oldest(metas: Sequence[Meta | None]) -> int:
-    return min(range(len(metas)), key=lambda sample: _written_at(metas[sample]))
-
-
-def _written_at(meta: Meta | None) -> float:
-    return meta.written_at if meta else float("-inf")
+    """The oldest of those that are there; the first where none is."""
+    return min((meta.written_at, sample) for sample, meta in enumerate(metas) if meta)[1] if any(metas) else 0

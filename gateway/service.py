@@ -19,6 +19,7 @@ from gateway.errors import (
     StoreError,
     StoreUnavailable,
     StreamCancelled,
+    UpstreamRefused,
     is_outage,
 )
 from gateway.flight import Flight
@@ -51,7 +52,7 @@ class Opened:
     stream_id: str = ""
     """By which the stream can be resumed; empty where it cannot."""
     ttl_s: float = 0.0
-    """For how long the answer is fresh, once it is stored."""
+    """For how long others may keep the answer, once it is stored; 0 where the next caller is to get another one."""
 
 
 class Service:
@@ -121,10 +122,11 @@ class Service:
     async def _find(self, question: Question) -> Opened:
         """In this replica's flights, in the store, or in another replica's flights; else begins one."""
         key, miss, seen_us, tries = question.key, _MISS, -1, 0
+        only_if_cached = question.request.directives.only_if_cached
         while True:
             # A flight knows better than the store: it is newer, or its recording is still on the way there.
             flight = self._flights.find(key)
-            if flight is None or _is_refresh(flight):
+            if flight is None or (flight.outcome is None and (flight.replaces or only_if_cached)):
                 recording, miss = await self._lookup(question)
                 if recording and miss.kind == "hit":
                     return self._replay_and_refresh(question, recording, miss)
@@ -132,6 +134,8 @@ class Service:
                     seen_us = int(recording.meta.started_at * 1e6)
                 # Another caller may have begun while this one looked; nothing is awaited between here and the start.
                 flight = self._flights.find(key)
+            if flight and flight.outcome is None:
+                _check_that_asking_is_allowed(question.request)  # what is still being made is not stored
             opened = await (self._join(question, flight, miss) if flight else self._start(question, miss, seen_us))
             if opened:
                 return opened
@@ -168,14 +172,18 @@ class Service:
 
     def _replay_and_refresh(self, question: Question, recording: Recording, hit: Disposition) -> Opened:
         if hit.ttl_s < 0 and staleness_s(recording.meta, self._clock.now()) <= question.rules.stale_s:
-            self._fetch(question, int(recording.meta.started_at * 1e6))
+            # By what tags it can be purged was said when it was stored: who only reads it need not say it again.
+            tags = question.request.controls.tags or recording.meta.tags
+            self._fetch(question.tagged(tags), int(recording.meta.started_at * 1e6))
         return self._replay(question, recording, hit)
 
     def _fetch(self, question: Question, seen_us: int = -1) -> None:
         """Begins a call in the background whose answer is stored; over all replicas one at a time."""
         key, now_s = question.key, self._clock.monotonic()
+        if question.request.directives.only_if_cached or not self._questions.ttl_s(question):
+            return
         running = self._flights.find(key)
-        if question.request.directives.only_if_cached or (running and running.outcome is None):
+        if running and running.outcome is None:
             return
         if now_s - self._refreshed.get(key, -_REFRESH_EVERY_S) < _REFRESH_EVERY_S:
             return
@@ -191,10 +199,11 @@ class Service:
             question.key,
             rules.samples,
             accept=lambda meta, now: not directives.refusal(meta, now, rules.stale_s),
+            stale_s=rules.stale_s,
             replace=directives.no_cache,
         )
         if chosen.missing is not None and not directives.no_cache:
-            self._fetch(of_sample(question, chosen.missing))
+            self._fetch(of_sample(question, chosen.missing), chosen.seen_us)
         return of_sample(question, chosen.sample)
 
     async def _start(self, question: Question, miss: Disposition, seen_us: int) -> Opened | None:
@@ -247,15 +256,17 @@ class Service:
         meta, now = recording.meta, self._clock.now()
         if staleness_s(meta, now) > window_s:
             return None
-        told = Disposition("stale", "stale-if-error", age_s(meta, now), remaining_s(meta, now), "stale", status=error.status)
+        status = error.status if isinstance(error, UpstreamRefused) else 0  # else the upstream has not answered
+        told = Disposition("stale", "stale-if-error", age_s(meta, now), remaining_s(meta, now), "stale", status=status)
         reader, opened.stream_id = self._reader(question, recording)
-        opened.disposition, opened.ttl_s = told, meta.ttl_s
+        opened.disposition = told
         return reader
 
     def _opened(self, question: Question, reader: FlightReader, disposition: Disposition) -> Opened:
         """With an id by which it can be resumed, if it is a stream of a flight that others may see."""
         request, flight, route = question.request, reader.flight, question.route
-        opened = Opened(reader, disposition, route.model, route.upstream.name, ttl_s=self._questions.ttl_s(question))
+        opened = Opened(reader, disposition, route.model, route.upstream.name)
+        opened.ttl_s = 0.0 if question.rules.samples > 1 else self._questions.ttl_s(question)
         if request.streamed and flight.name:
             opened.stream_id, _, reader.nonce = self._mint(question, "flight", flight.name.flight, run=flight.run)
             if request.event_ids:
@@ -265,7 +276,8 @@ class Service:
     def _replay(self, question: Question, recording: Recording, disposition: Disposition) -> Opened:
         reader, token = self._reader(question, recording)
         route = question.route
-        return Opened(reader, disposition, route.model, route.upstream.name, token, recording.meta.ttl_s)
+        ttl_s = 0.0 if question.rules.samples > 1 else recording.meta.ttl_s
+        return Opened(reader, disposition, route.model, route.upstream.name, token, ttl_s)
 
     def _reader(self, question: Question, recording: Recording) -> tuple[RecordingReader, str]:
         """A reader over a recording, and the id by which its stream can be resumed."""
@@ -362,11 +374,6 @@ def _add_saved(
     for counted, name in _SAVED if usage else ():
         if isinstance(tokens := (usage or {}).get(name), int):
             add(model, counted, tokens)
-
-
-def _is_refresh(flight: Flight) -> bool:
-    """Whether it only fetches what will be stored: while it runs, a stale answer may do."""
-    return flight.background and flight.outcome is None
 
 
 def _check_that_asking_is_allowed(request: Request) -> None:

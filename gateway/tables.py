@@ -20,6 +20,8 @@ Tell = Callable[[int, int], object]
 
 # Wider than any table, so that nothing is cut or wrapped.
 _NO_TERMINAL_WIDTH = 100_000
+# What all columns need. On a terminal that has less, the terminal breaks the lines: otherwise whole columns would vanish.
+_NARROWEST = 130
 _TELL_EVERY_S = 5.0
 _LONGEST_EXCERPT = 2000
 
@@ -113,7 +115,8 @@ def entry(found: Mapping[str, Any]) -> None:
         "key": found["key"],
         "state": f"{found['state']}, {_duration(found['age_s'])} old, fresh for {_duration(found['ttl_s'])}, "
         f"kept for {_duration(found['life_s'])}",
-        "answer": f"{found['model']} at {found['upstream']} ({found['api']}), id {found['id']}, flight {found['flight']}",
+        "answer": f"{_shown(found['model'])} at {found['upstream']} ({found['api']}), id {_shown(found['id'])}, "
+        f"flight {found['flight']}",
         "owner": found["owner"],
         "namespace": found["namespace"],
         "tags": ", ".join(found["tags"]),
@@ -122,8 +125,8 @@ def entry(found: Mapping[str, Any]) -> None:
         "usage": json.dumps(found["usage"]) if found["usage"] else "",
         "timing": _timing(timing),
         "samples": "\n".join(found["samples"]) if len(found["samples"]) > 1 else "",
-        "request": _excerpt(found["request"]),
-        "body": _excerpt(found["body"]),
+        "request": _excerpt(found["request"], "--part request"),
+        "body": _excerpt(found["body"], "--part body"),
     }
     _facts(facts)
 
@@ -139,9 +142,10 @@ def explanation(found: Mapping[str, Any]) -> None:
     owners = {"shared": "shared by all callers", "tenant": "this caller's own", "namespace": "shared"}
     facts = {
         "key": found["key"],
-        "goes to": f"{found['model']} at {found['upstream']}",
+        "goes to": f"{_shown(found['model'])} at {found['upstream']}",
         "answers": owners[found["owner"]] + (f", in the namespace {found['namespace']}" if found["namespace"] else ""),
-        "not in the key": ", ".join(found["left_out"]),
+        "canonical": _excerpt(found["canonical"], "--json"),
+        "not in the key": _shown(", ".join(found["left_out"])),
         "cached": f"no: {found['why_not']}" if found["why_not"] else "",
         "stored": _found(found),
     }
@@ -166,7 +170,7 @@ def _nearest(nearest: Mapping[str, Any]) -> dict[str, str]:
     at = "" if first["at"] is None else f", from {first['at']} on"
     return {
         "nearest": f"{about}: {count} difference{'s' if count > 1 else ''}",
-        "the first": f"{first['path']} ({first['kind']}{at})",
+        "the first": f"{_shown(first['path'])} ({first['kind']}{at})",
         "here": json.dumps(first["ours"], ensure_ascii=False),
         "there": json.dumps(first["theirs"], ensure_ascii=False),
     }
@@ -228,16 +232,16 @@ def _add(table: Table, *values: object) -> None:
 
 
 def _facts(facts: Mapping[str, str]) -> None:
-    """Names and values; what there is nothing to say of is left out."""
+    """Names and values, in lines of their own; what there is nothing to say of is left out."""
     table = Table(Column(no_wrap=True, style="bold"), Column(overflow="fold"), box=None, pad_edge=False, show_header=False)
     for name, value in facts.items():
         if value:
             table.add_row(name, Text(_lines_shown(value)))
-    _print(table)
+    _print(table, narrowest=0)
 
 
-def _print(table: RenderableType) -> None:
-    width = None if sys.stdout.isatty() else _NO_TERMINAL_WIDTH
+def _print(table: RenderableType, *, narrowest: int = _NARROWEST) -> None:
+    width = max(Console(file=sys.stdout).width, narrowest) if sys.stdout.isatty() else _NO_TERMINAL_WIDTH
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
@@ -257,13 +261,14 @@ def _lines_shown(text: str) -> str:
     return "\n".join(map(_shown, text.split("\n")))
 
 
-def _excerpt(value: Any) -> str:
+def _excerpt(value: Any, whole: str) -> str:
+    """``whole`` is the option that shows all of it."""
     if value is None:
         return ""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if not sys.stdout.isatty() or len(text) <= _LONGEST_EXCERPT:
         return text
-    return text[:_LONGEST_EXCERPT] + " ... (see --part)"
+    return f"{text[:_LONGEST_EXCERPT]} ... (see {whole})"
 
 
 def _timing(timing: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -75,6 +76,9 @@ class RedisServer:
             self._process = None
 
 
+_STARTS = 5
+
+
 class RedisNodes:
     """A Redis Cluster on the loopback: three masters, without replicas."""
 
@@ -91,7 +95,6 @@ class RedisNodes:
         buses = [self._start_node(number) for number in range(3)]
         clients = [Redis(port=port) for port in self.ports]
         for number, client in enumerate(clients):
-            _until(client.ping)
             client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
             client.execute_command("CLUSTER ADDSLOTSRANGE", 16384 * number // 3, 16384 * (number + 1) // 3 - 1)
             client.execute_command("CLUSTER MEET", "127.0.0.1", self.ports[0], buses[0])
@@ -100,23 +103,56 @@ class RedisNodes:
             client.close()
 
     def _start_node(self, number: int) -> int:
+        """Starts a node, on other ports where somebody was faster; tells the port of its bus."""
+        for _ in range(_STARTS):
+            port, bus = _free_ports()
+            process = self._run_node(number, port, bus)
+            if _answers(process, port):
+                self._processes.append(process)
+                self.ports.append(port)
+                return bus
+        raise AssertionError("a node of the cluster did not start")
+
+    def _run_node(self, number: int, port: int, bus: int) -> "subprocess.Popen[bytes]":
         program, directory = find_redis(), self._directory / f"node-{number}"
         assert program
+        shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-            port, bus = one.getsockname()[1], other.getsockname()[1]
         options = f"--port {port} --cluster-port {bus} --bind 127.0.0.1 --cluster-enabled yes --dir {directory} --save"
         # With part of the slots lost, the others go on: what a node that dies means to our keys is what is tested.
         options = f"--cluster-require-full-coverage no --cluster-node-timeout 1000 {options}"
-        self._processes.append(subprocess.Popen([program, *options.split(), ""], stdout=subprocess.DEVNULL))
-        self.ports.append(port)
-        return bus
+        return subprocess.Popen([program, *options.split(), ""], stdout=subprocess.DEVNULL)
 
     def stop(self, number: int | None = None) -> None:
         """Kills one node, or all."""
         for process in self._processes if number is None else [self._processes[number]]:
             process.kill()
             process.wait()
+
+
+def _free_ports() -> tuple[int, int]:
+    """Two that nobody has now, below those that systems give to clients, so that nobody gets them by accident."""
+    found: dict[int, None] = {}
+    while len(found) < 2:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found[port] = None
+    one, other = found
+    return one, other
+
+
+def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
+    """Whether a server comes up, and not another one in its place."""
+    deadline = time.monotonic() + 10
+    with Redis(port=port) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(RedisConnectionError):
+                if client.info("server")["process_id"] == process.pid:
+                    return True
+            time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return False
 
 
 def _is_complete(info: dict[str, str]) -> bool:

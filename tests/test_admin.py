@@ -108,9 +108,10 @@ async def test_the_key_opens_what_is_served_and_nothing_else(gateway):
     assert [(row["method"], row["path"]) for row in got.json["data"]] == [
         (method, path.replace("0" * 40, "{key}")) for method, path in PATHS
     ]
-    unknown = await ask(gateway, "GET", "/admin/nothing")
-    assert (unknown.status, unknown.json["error"]["code"]) == (404, "unknown_url")
-    assert unknown.headers["Cache-Control"] == "no-store"
+    for path in ("/admin/nothing", "/admin/entries/"):
+        unknown = await ask(gateway, "GET", path)
+        assert (unknown.status, unknown.json["error"]["code"]) == (404, "unknown_url")
+        assert unknown.headers["Cache-Control"] == "no-store"
     for path, allowed in {"/admin": "GET", "/admin/purge": "POST", "/admin/entries/" + "0" * 40: "GET, DELETE"}.items():
         wrong = await ask(gateway, "PATCH", path)
         assert (wrong.status, wrong.headers["Allow"]) == (405, allowed)
@@ -142,6 +143,9 @@ WRONG = [
     ("GET", "/admin/entries?stale=yes", None, "stale"),
     ("GET", "/admin/entries?limit=0", None, "limit"),
     ("GET", "/admin/entries?cursor=nowhere", None, "cursor"),
+    ("GET", "/admin/entries?cursor=-", None, "cursor"),
+    ("GET", f"/admin/entries?cursor={'9' * 20}", None, "cursor"),
+    ("GET", f"/admin/entries?model={'[' * 1001}", None, "model"),
     ("GET", f"/admin/entries/{'0' * 40}?part=tail", None, "part"),
     ("GET", "/admin/stats?scan=1", None, "scan"),
     ("DELETE", f"/admin/entries/{'0' * 40}?dry_run=true", None, "dry_run"),
@@ -154,6 +158,7 @@ WRONG = [
     ("POST", "/admin/purge", {"all": "true"}, "all"),
     ("POST", "/admin/purge", {"all": True, "tag": "a"}, "all"),
     ("POST", "/admin/purge", {"key": "x"}, "key"),
+    ("POST", "/admin/purge", {"model": "[" * 1001}, "model"),
     ("POST", "/admin/purge", {"stream": "x"}, "stream"),
     ("POST", "/admin/explain", {"request": []}, "request"),
     ("POST", "/admin/explain", {"request": {}}, "model"),

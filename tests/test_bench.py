@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 END_WITHIN_S = 150
-# Rows of the table: those with figures of the bare server, and those for which it has none.
-COMPARED, NOT_COMPARED = 14, 9
+# Rows of the table: those with figures of the bare server, those for which it has none, and those of something plain.
+COMPARED, NOT_COMPARED, PLAIN = 14, 9, 9
 
 
 @pytest.mark.slow
@@ -25,8 +25,9 @@ def test_a_quick_run_fills_the_table():
     assert process.returncode == 0, errors
     head, _, *rows = output.splitlines()
     assert head == "| figure | gateway | bare | ratio | mark |"
-    assert len(rows) == COMPARED + NOT_COMPARED
+    assert len(rows) == COMPARED + NOT_COMPARED + PLAIN
     figures = [row.strip("| ").split(" | ")[1:4] for row in rows]
-    assert all(any(char.isdigit() for char in value) for values in figures[:COMPARED] for value in values), output
-    assert all(any(char.isdigit() for char in value) for value, *_ in figures[COMPARED:]), output
-    assert all(others == ["–", "–"] for _, *others in figures[COMPARED:]), output
+    compared, alone = figures[:COMPARED] + figures[-PLAIN:], figures[COMPARED:-PLAIN]
+    assert all(any(char.isdigit() for char in value) for values in compared for value in values), output
+    assert all(any(char.isdigit() for char in value) for value, *_ in alone), output
+    assert all(others == ["–", "–"] for _, *others in alone), output

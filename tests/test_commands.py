@@ -131,6 +131,17 @@ async def test_show_prints_what_an_entry_has(gateway, run):
     assert (await run("show", red["key"], "--part", "stream"))[1].startswith("data: {")
 
 
+async def test_a_name_cannot_pass_for_a_line_of_the_table(gateway, run):
+    await gateway.chat(model="a\nowner  b", stream=True)
+    await gateway.landed()
+    [entry] = await entries(run)
+    write("odd.json", '{"model": "a\\nowner  b", "messages": [{"role": "user", "content": "hi"}]}')
+    for command, argument in (("show", entry["key"]), ("explain", "odd.json")):
+        code, out, _ = await run(command, argument)
+        assert code == 0
+        assert r"a\nowner  b at scripted" in out
+
+
 async def test_stats_prints_what_was_saved(gateway, run):
     await fill(gateway)
     await gateway.chat("hi", stream=True)
@@ -155,7 +166,9 @@ async def test_purge_tells_what_went(gateway, run):
     key = (await entries(run))[0]["key"]
     assert json.loads((await run("purge", "--key", key, "--json"))[1])["purged"] == 1
     assert len(await entries(run)) == 1
-    assert (await run("purge", "--all"))[0] == 0  # nobody is there to be asked
+    code, _, err = await run("purge", "--all")
+    assert (code, "--yes" in err) == (2, True)  # nobody is there to be asked
+    assert (await run("purge", "--all", "--yes"))[0] == 0
     assert await entries(run) == []
 
 
@@ -165,7 +178,7 @@ async def test_purge_needs_to_be_told_what(run):
     assert "--namespace" in err
     assert "--all" in err
     code, _, err = await run("purge", "--namespace", "")
-    assert (code, err) == (1, "error: 'namespace' must not be empty.\n")
+    assert (code, err) == (2, "error: 'namespace' must not be empty.\n")
 
 
 @pytest.mark.parametrize(("said", "left"), [("y\n", 0), ("\n", 3), ("", 3)])
@@ -187,6 +200,7 @@ async def test_explain_says_what_would_be_found_and_what_was_nearest(gateway, ru
     code, out, _ = await run("explain", "request.json")
     assert code == 0
     assert "model-1 at scripted" in out
+    assert '"content": "hi"' in out.partition("canonical")[2]
     assert "yes: fresh" in out
     monkeypatch.setattr("sys.stdin", io.StringIO('{"model": "model-1", "messages": [{"role": "user", "content": "ho"}]}'))
     code, out, _ = await run("explain", "-")
@@ -218,8 +232,10 @@ async def test_on_a_terminal_keys_are_whole_and_progress_is_shown(gateway, run):
     [red] = await entries(run, "--tag", "red")
     access = ["--url", gateway.origin, "--key-env", "ADMIN"]
     shown = await asyncio.to_thread(on_a_terminal, "list", *access)
-    assert red["key"] in shown
+    for each in (red["key"], "model-1", "team-a", "red", "TAGS"):  # though all that takes more than 80 columns
+        assert each in shown
     assert "\x1b[2J" not in shown
+    assert "model-1" in await asyncio.to_thread(on_a_terminal, "stats", *access)
     shown = await asyncio.to_thread(on_a_terminal, "purge", "--tag", "red", *access)
     assert "1 purged, 3 looked at" in shown
     assert "3 looked at, 1 purged" in shown  # beside a bar
@@ -289,11 +305,38 @@ async def test_what_is_no_gateway_is_told(upstream, capsys):
 
 async def test_an_unknown_key_fails(run):
     assert await run("show", "0" * 40) == (1, "", "error: Nothing is stored under this key.\n")
+    for key in ("", "../stats", "A" * 40):
+        code, _, err = await run("show", key)
+        assert code == 2
+        assert err.endswith("error: argument KEY: it must be 40 hexadecimal digits, in lower case\n")
 
 
-@pytest.mark.parametrize("file", ["nowhere.json", "bad.json", "list.json"])
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://h:99999", "http://", "http://u:p@localhost", "http://localhost?x=1", "http://localhost#x"]
+)
+async def test_a_url_that_is_none_is_told(capsys, url):
+    code, out, err = await run_main(capsys, "list", "--url", url, "--key-env", "ADMIN")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --url must begin with ")
+
+
+async def test_a_key_that_no_header_can_hold_is_told(gateway, capsys, monkeypatch):
+    monkeypatch.setenv("ODD", "two\nlines")
+    code, _, err = await run_main(capsys, "list", "--url", gateway.origin, "--key-env", "ODD")
+    assert (code, err) == (2, "error: the admin key has characters that no header can hold\n")
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5"])
+async def test_a_limit_that_is_none_is_told(run, number):
+    code, _, err = await run("list", "--limit", number)
+    assert code == 2
+    assert err.endswith("error: argument --limit: it must be a whole number, 1 or more\n")
+
+
+@pytest.mark.parametrize("file", ["nowhere.json", "bad.json", "deep.json", "list.json"])
 async def test_explain_needs_a_request(run, file):
     write("bad.json", "{")
+    write("deep.json", "[" * 100_000)
     write("list.json", "[]")
     code, out, err = await run("explain", file)
     assert (code, out) == (2, "")
@@ -312,14 +355,22 @@ async def test_the_configuration_says_where_the_gateway_is_and_who_may(gateway, 
     code, _, err = await run_main(capsys, "stats")
     assert code == 2
     assert "--url" in err
+    monkeypatch.delenv("GATEWAY_SERVER_PORT")
     monkeypatch.delenv("ADMIN")
     code, _, err = await run_main(capsys, "stats")
     assert code == 2
-    assert err.startswith("error: admin.key_env: ")
+    assert "[admin] key_env names is not set" in err
     write("config.toml", "")
     code, _, err = await run_main(capsys, "stats", "--url", gateway.origin)
     assert code == 2
     assert "[admin] key_env" in err
+
+
+async def test_only_the_admin_key_is_needed_and_no_other_secret(gateway, capsys):
+    upstream = '[[upstreams]]\nname = "a"\nkind = "openai"\nbase_url = "http://localhost/v1"\napi_key_env = "UNSET"\n'
+    write("config.toml", f'[cache]\nkey_secret_env = "UNSET"\n[admin]\nkey_env = "ADMIN"\n{upstream}')
+    assert (await run_main(capsys, "stats", "--url", gateway.origin))[0] == 0
+    assert (await run_main(capsys, "check"))[0] == 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)

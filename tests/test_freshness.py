@@ -13,8 +13,10 @@ from gateway.core.apis import CHAT
 from gateway.core.controls import Controls
 from gateway.core.policy import Directives
 from gateway.core.purge import Purge, Selector
+from gateway.core.stream_id import Cursor
 from gateway.errors import (
     NotCached,
+    StoreUnavailable,
     UpstreamBroke,
     UpstreamRefused,
     UpstreamReported,
@@ -24,6 +26,7 @@ from gateway.errors import (
 from gateway.flights import Rules
 from gateway.ports import Served
 from gateway.questions import Request
+from gateway.sharing import Terms
 
 IDLE_S = 5.0
 DONE = b"[DONE]"
@@ -162,6 +165,19 @@ async def test_who_comes_while_a_fresh_answer_is_fetched_still_gets_the_stale_on
     assert replicas.calls == 2
 
 
+async def test_an_answer_that_is_fetched_anew_keeps_the_tags_of_who_had_it_stored(replicas):
+    core = replicas.start(model={"ttl_s": 10.0, "stale_s": 30.0})
+    await store(core, replicas, "old", controls=Controls(tags=("t1",)))
+    replicas.later(20)
+    await hit(core)
+    await called(core, 2)
+    say(core, "new")
+    await replicas.idle()
+    [recording] = replicas.store.recordings.values()
+    assert recording.meta.tags == ("t1",)
+    assert (await hit(core))[1] == "new"
+
+
 async def test_over_all_replicas_one_call_fetches_a_fresh_answer(replicas):
     cores = replicas.start(3, model={"ttl_s": 10.0, "stale_s": 30.0})
     await store(cores[0], replicas, "old")
@@ -248,6 +264,35 @@ async def test_only_if_cached_asks_nobody_not_even_for_a_fresh_answer_later(repl
     assert replicas.calls == 1
 
 
+@pytest.mark.parametrize(("model", "age_s"), [({"stale_s": 30.0}, 15), ({"samples": 2}, 5)], ids=["stale", "samples"])
+async def test_nothing_is_fetched_beside_the_way_that_would_not_be_stored(replicas, model, age_s):
+    core = replicas.start(model={"ttl_s": 10.0, **model})
+    await store(core, replicas, "old")
+    replicas.later(age_s)
+    assert (await hit(core, controls=Controls(ttl_s=0.0)))[1] == "old"
+    await settled()
+    assert replicas.calls == 1
+    # Nor does that hold up who would have it stored.
+    assert (await hit(core))[1] == "old"
+    await called(core, 2)
+
+
+@MODES
+async def test_who_takes_no_stored_answer_keeps_it_from_nobody_else(replicas, streamed):
+    core = replicas.start()
+    await store(core, replicas, "old")
+    strict = [await opened(core, "max-age=0", stream=streamed) for _ in range(2)]
+    assert [answer.disposition.kind for answer in strict] == ["miss", "collapsed"]
+    await called(core, 2)
+    told, text = await hit(core, streamed=streamed)
+    assert (told.kind, text) == ("hit", "old")
+    core.upstream.fail(refused(503))
+    for answer in strict:
+        with pytest.raises(UpstreamRefused):
+            await text_of(core, answer, streamed=streamed)
+    assert replicas.calls == 2
+
+
 async def test_a_time_to_live_of_the_callers_own(replicas):
     core = replicas.start()
     await store(core, replicas, "short", controls=Controls(ttl_s=5.0))
@@ -283,8 +328,8 @@ async def test_a_stale_answer_stands_in_for_an_upstream_that_cannot_answer(repli
     for answer in answers:
         assert await text_of(core, answer, streamed=streamed) == "old"
         assert answer.disposition.age_s == 60
-        status = f"gateway; fwd=stale; fwd-status={error.status}; ttl=-50; detail=stale-if-error"
-        assert answer.disposition.cache_status() == status
+        answered = f" fwd-status={error.status};" if isinstance(error, UpstreamRefused) else ""
+        assert answer.disposition.cache_status() == f"gateway; fwd=stale;{answered} ttl=-50; detail=stale-if-error"
     assert replicas.calls == 2
 
 
@@ -437,6 +482,37 @@ async def test_a_stale_sample_is_replaced_in_its_place(replicas):
     assert {(await hit(core))[1] for _ in range(4)} == {"new 2", "new 3"}
 
 
+@pytest.mark.parametrize("filled", [["one"], ["one", "two"]], ids=len)
+async def test_a_stale_sample_stands_in_for_an_error_though_others_are_missing(replicas, filled):
+    core = replicas.start(model={"samples": 2, "ttl_s": 10.0, "stale_if_error_s": 100.0})
+    await fill(core, replicas, *filled)
+    replicas.later(20)
+    answer = await opened(core)
+    await called(core, len(filled) + 1)
+    core.upstream.fail(refused(503))
+    assert await text_of(core, answer) == "one"
+
+
+async def test_samples_that_are_only_kept_for_errors_are_fetched_anew(replicas):
+    core = replicas.start(model={"samples": 3, "ttl_s": 10.0, "stale_if_error_s": 1000.0})
+    await fill(core, replicas, "one", "two", "three")
+    replicas.later(20)
+    await store(core, replicas, "new one")
+    for calls, text in [(5, "new two"), (6, "new three")]:
+        replicas.later(1)
+        # Who takes a stale one has none fetched that it would take.
+        await hit(core, "max-stale")
+        await settled()
+        assert replicas.calls == calls - 1
+        await hit(core)
+        await called(core, calls)
+        say(core, text)
+        await replicas.idle()
+    assert {(await hit(core))[1] for _ in range(6)} == {"new one", "new two", "new three"}
+    await settled()
+    assert replicas.calls == 6
+
+
 async def test_a_store_that_is_away_is_no_hindrance_to_samples(replicas):
     core = replicas.start(model={"samples": 2})
     core.store.broken = True
@@ -577,6 +653,100 @@ async def test_a_flight_that_was_begun_before_a_purge_is_not_stored_after_it(rep
     assert left == ([replicas.clock.time_s] if learned == "at once" else [])
 
 
+async def test_a_flight_whose_replica_is_dead_is_not_joined_after_a_purge(replicas):
+    dead, core = replicas.start(2)
+    await opened(dead)
+    await called(dead)
+    dead.upstream.say(chunk({"content": "old"}))
+    await come(lambda: any(log.count for log in replicas.store.logs.values()))
+    core.purges.learn(purge(replicas, model="m"))
+    replicas.later(1)
+    newcomer = await opened(core)
+    assert newcomer.disposition.kind == "miss"
+    await called(core)
+    say(core, "new")
+    assert await text_of(core, newcomer) == "new"
+    # One that was begun after the purge is joined as ever.
+    later = await opened(dead, seed=1)
+    await called(dead, 2)
+    await come(lambda: sum(bool(log.entries) for log in replicas.store.logs.values()) == 3)
+    assert (await opened(core, seed=1)).disposition.kind == "collapsed"
+    assert later.disposition.kind == "miss"
+
+
+@pytest.mark.parametrize("learned", ["before", "after"])
+async def test_a_flight_that_was_taken_over_for_who_resumed_it_is_not_stored_after_a_purge(replicas, learned):
+    dead, core = replicas.start(2, rules=Rules(terms=Terms(lease_s=1e-3)))  # nobody waits for a lease that is gone
+    first = await opened(dead, controls=Controls(tags=("t1",)))
+    await called(dead)
+    dead.upstream.say(chunk({"content": "old"}))
+    await come(lambda: any(log.count for log in replicas.store.logs.values()))
+    mark = purge(replicas, tag="t1")
+    if learned == "before":
+        core.purges.learn(mark)
+    dead.store.broken = True
+    [name] = replicas.store.logs
+    replicas.store.expire(name)
+    again = await core.streams.resume(first.stream_id, Cursor(1), {})
+    await called(core)
+    if learned == "after":
+        core.purges.learn(mark._replace(at_us=0))  # as a clock that is late says it
+    core.upstream.say(chunk({"content": "old"}), STOP, DONE)
+    core.upstream.end()
+    while await again.reader.next(IDLE_S):
+        pass
+    assert again.reader.error is None
+    core.service.leave(again)
+    await come(lambda: not len(core.flights))
+    assert not replicas.store.recordings
+    dead.service.leave(first)
+
+
+async def test_what_another_has_served_is_not_stored_after_a_purge_of_that_ones_answers(replicas):
+    core = replicas.start()
+    core.upstream.served = Served("other", "spare")
+    first = await opened(core)
+    await called(core)
+    core.upstream.say(chunk({"content": "x"}))
+    core.purges.learn(purge(replicas, model="spare"))
+    core.upstream.say(STOP, DONE)
+    core.upstream.end()
+    assert await text_of(core, first) == "x"
+    await replicas.idle()
+    assert await first.reader.outcome(0) == (False, "purged")
+    assert not replicas.store.recordings
+
+
+async def test_answers_that_end_together_look_for_purges_together(replicas):
+    core = replicas.start()
+    looks, held = [], asyncio.Event()
+
+    async def slow(after):
+        looks.append(len(replicas.store.marked))
+        await held.wait()
+        return await FakeStore.purges(core.store, after)
+
+    core.store.purges = slow
+    first = asyncio.create_task(core.purges.refresh())
+    await settled()
+    mark = purge(replicas, tag="t1")
+    await replicas.store.mark(mark, life_s=60)
+    # What was begun before them may have missed the mark: they need one look more, and no more than one.
+    rest = [asyncio.create_task(core.purges.refresh()) for _ in range(20)]
+    await settled()
+    held.set()
+    await asyncio.gather(first, *rest)
+    assert looks == [0, 1]
+    core.store.purges = FakeStore.purges.__get__(core.store)
+
+
+async def test_a_look_for_purges_that_fails_stands_for_no_other(replicas):
+    core = replicas.start()
+    core.store.broken = True
+    tasks = [asyncio.create_task(core.purges.refresh()) for _ in range(3)]
+    assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [StoreUnavailable] * 3
+
+
 async def test_a_purge_of_something_else_changes_nothing(replicas):
     core = replicas.start()
     await store(core, replicas, "kept", controls=Controls(tags=("t1",), namespace="ns"))
@@ -592,7 +762,7 @@ async def test_an_old_mark_is_forgotten(replicas):
     replicas.later(core.purges.life_s + 1)
     core.purges._forget_old()
     await store(core, replicas, "x")
-    assert core.purges._marks == {}
+    assert not core.purges._marks
 
 
 # Whose answers

@@ -225,6 +225,51 @@ async def test_a_bug_is_a_500_that_shows_nothing_but_an_id_to_quote(gateway, mon
     assert "the secret of the house" in caplog.text
 
 
+async def send_line(gateway, method, path, line):
+    """Sends a request with that header line, which no client would send; gives the answer's bytes."""
+    body = json.dumps(CHAT_BODY).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", URL(gateway.origin).port)
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    writer.write(b"%s%s\r\n\r\n%s" % (head.encode(), line, body))
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize("name", [b"authorization", b"x-api-key"])
+@pytest.mark.parametrize("value", [b"Bearer \xff", "Bearer é".encode()])
+async def test_a_credential_that_no_upstream_can_take_is_refused(gateway, upstream, name, value):
+    for method, path in (("POST", CHAT), ("POST", "/v1/embeddings"), ("GET", "/v1/models"), ("GET", "/v1/streams/x")):
+        answer = await send_line(gateway, method, path, b"%s: %s" % (name, value))
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b'"param": "%s"' % name in answer
+    assert not upstream.asked
+
+
+async def test_nothing_of_a_request_that_cannot_be_parsed_is_in_the_log(gateway, caplog):
+    caplog.set_level("DEBUG")
+    for line in (b"Authorization: Bearer sk-secret\0", b"Authorization: Bearer " + b"sk-secret" * 1000):
+        assert (await send_line(gateway, "GET", "/", line)).startswith(b"HTTP/1.0 400 ")
+    assert "sk-secret" not in caplog.text
+    assert "Traceback" not in caplog.text
+    assert "Error handling request from 127.0.0.1: BadHttpMessage" in caplog.text
+
+
+async def test_no_caller_makes_a_line_of_the_log_or_one_that_is_as_long_as_it_likes(start_gateway, upstream, capsys):
+    upstreams = [{"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["model-*"]}]
+    gateway = await start_gateway(log={"access": True}, upstreams=upstreams)
+    capsys.readouterr()
+    for model in ("model-1\nPOST /forged", "model-" + "x" * 100_000, "other" * 100_000):
+        await gateway.chat(model=model)
+    lines = []
+    async with asyncio.timeout(5):
+        while len(lines) < 3:  # they leave a few times a second
+            await asyncio.sleep(0.01)
+            lines += capsys.readouterr().err.splitlines()
+    assert [line.split()[:3] for line in lines] == [["POST", CHAT, "200"]] * 2 + [["POST", CHAT, "404"]]
+    assert max(map(len, lines)) < 1000
+
+
 # Headers
 
 
@@ -427,6 +472,7 @@ async def test_configured_paths_are_relayed_with_the_configured_key_whatever_the
     assert (got.status, got.body) == (status, b'{"a":  1}')
     expected = {"Content-Type": "application/json", "X-Request-Id": "req_theirs", "Retry-After": "5"}
     assert {name: got.headers[name] for name in expected} == expected
+    assert got.headers["Cache-Control"] == "no-store"
     assert not {"set-cookie", "x-internal"} & {name.lower() for name in got.headers}
 
 

@@ -22,6 +22,7 @@ ONLY_IN = {
     "rich": ["gateway/tables.py"],
     "aiohttp.web": ["gateway/http/", "gateway/app.py"],
     "aiohttp.typedefs": ["gateway/http/", "gateway/app.py", "gateway/upstreams/"],
+    "aiohttp.http_exceptions": ["gateway/http/"],
     "aiohttp.hdrs": ["gateway/http/", "gateway/app.py", "gateway/upstreams/"],
     "gateway.store": ["gateway/store/", "gateway/app.py"],
     "gateway.upstreams": ["gateway/upstreams/", "gateway/app.py"],

@@ -178,6 +178,21 @@ async def test_a_node_that_dies_takes_only_its_own_keys_along(own_nodes, open_st
     assert not any(record.exc_info for record in caplog.records)
 
 
+async def test_who_has_the_slots_of_a_node_that_hangs_is_asked_again(shared_nodes, open_store):
+    """One that is frozen breaks no connection, and by now another one may have taken its place."""
+    store = await open_store(shared_nodes)
+    key = KEYS[0]
+    frozen = shared_nodes._processes[home(key)]
+    frozen.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await store._server.wire.send([("EXISTS", store._keys.recording(key))])
+        assert store._server.wire._failed.endswith(f":{shared_nodes.ports[home(key)]}")
+    finally:
+        frozen.send_signal(signal.SIGCONT)
+
+
 async def test_a_cluster_that_is_not_there_holds_up_neither_start_nor_end(own_nodes, open_store, caplog):
     own_nodes.stop()
     began = time.monotonic()

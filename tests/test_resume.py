@@ -157,7 +157,7 @@ async def test_each_streamed_answer_has_an_id_of_its_own_and_nothing_else_has_on
         answers = [miss, collapsed, far]
         for each in answers:
             await each.read()
-        await two.one.landed()
+        await asyncio.gather(two.one.landed(), two.other.landed())
     hits = [await ask(two.one), await ask(two.other)]
     resumed = await resume(two.other, id_of(miss), 1)
     kinds = ["fwd=miss", "collapsed", "collapsed", "hit", "hit", "detail=resumed"]

@@ -39,9 +39,10 @@ class Directives:
         """Unknown directives are ignored, of one that comes twice the first holds, and a number that is none allows nothing
         (RFC 9111 4.2.1).
         """
-        found: dict[str, str] = {}
-        for name, value in _DIRECTIVE.findall(header):
-            found.setdefault(name.lower(), value.strip('"'))
+        found: dict[str, str | None] = {}
+        for directive in _DIRECTIVE.finditer(header):
+            name, value = directive.groups()
+            found.setdefault(name.lower(), value and value.strip('"'))
         return cls(
             no_cache="no-cache" in found,
             no_store="no-store" in found,
@@ -49,7 +50,7 @@ class Directives:
             max_age_s=_seconds(found, "max-age", 0),
             min_fresh_s=_seconds(found, "min-fresh", _FOREVER_S),
             # Without a number, however stale it is.
-            max_stale_s=_FOREVER_S if found.get("max-stale") == "" else _seconds(found, "max-stale", 0),
+            max_stale_s=_FOREVER_S if found.get("max-stale", "") is None else _seconds(found, "max-stale", 0),
             stale_if_error_s=_seconds(found, "stale-if-error", 0),
         )
 
@@ -80,10 +81,11 @@ class Directives:
         return stale_if_error_s
 
 
-def _seconds(found: Mapping[str, str], name: str, otherwise: int) -> int | None:
-    value = found.get(name)
-    if value is None:
+def _seconds(found: Mapping[str, str | None], name: str, otherwise: int) -> int | None:
+    """None where it is not said."""
+    if name not in found:
         return None
+    value = found[name] or ""
     return int(value[:_LONGEST_DIGITS]) if value.isascii() and value.isdigit() else otherwise
 
 

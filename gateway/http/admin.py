@@ -24,7 +24,8 @@ from gateway.questions import Request
 NDJSON = "application/x-ndjson"
 
 _KEY = re.compile(r"[0-9a-f]{40}")
-_CURSOR = re.compile(r"[0-9a-f-]{0,100}")
+_CURSOR = re.compile(r"[0-9]{0,19}|[0-9]{1,5}-[0-9]{1,5}-[0-9a-f]{0,40}-[0-9]{0,19}")
+_LONGEST_SELECTOR = 1000
 _NO_STORE = {"Cache-Control": "no-store"}
 _MOST_ENTRIES = 10_000
 _PARTS = ("body", "stream", "timing", "request")
@@ -95,7 +96,7 @@ def _check_key(authorization: str, expected: bytes) -> None:
 def _unserved(allowed: Mapping[str, list[str]]) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         path = request.path
-        if path not in allowed and path.startswith("/admin/entries/") and path.count("/") == 3:
+        if re.fullmatch(r"/admin/entries/[^/]+", path):
             path = "/admin/entries/{key}"
         if path in allowed:
             raise not_allowed(request, allowed[path])
@@ -174,7 +175,9 @@ class _Query:
             self._left[name] = value
 
     def text(self, name: str) -> str | None:
-        return self._left.pop(name, None)
+        text = self._left.pop(name, None)
+        _check_length(name, text)
+        return text
 
     def number(self, name: str, default: float) -> float:
         """A number that is 0 or more."""
@@ -208,6 +211,12 @@ class _Query:
             raise InvalidRequest(f"'{name}' is not a parameter of this path.", param=name)
 
 
+def _check_length(name: str, value: Any) -> None:
+    """What a pattern costs grows with the square of its length, and the whole service would wait."""
+    if isinstance(value, str) and len(value) > _LONGEST_SELECTOR:
+        raise InvalidRequest(f"'{name}' must not be longer than {_LONGEST_SELECTOR} characters.", param=name)
+
+
 def _key(request: web.Request) -> CacheKey:
     key = request.match_info["key"]
     if not _KEY.fullmatch(key):
@@ -229,6 +238,7 @@ def _wanted(body: Mapping[str, Any]) -> Wanted:
             raise InvalidRequest(f"'{name}' is not a selector.", param=name)
         if value is not None and not isinstance(value, bool if name in ("all", "dry_run") else str):
             raise InvalidRequest(f"'{name}' has a wrong type.", param=name)
+        _check_length(name, value)
     wanted = Wanted(**{name: value for name, value in body.items() if value is not None})
     if wanted.key and not _KEY.fullmatch(wanted.key):
         raise InvalidRequest("'key' must be 40 hexadecimal digits, in lower case.", param="key")

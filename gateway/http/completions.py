@@ -29,12 +29,10 @@ _SMALL_BYTES = 32_768
 # Structured fields' (RFC 9651 3.3.6); what is neither is ignored, as a field that does not parse has to be.
 _BOOLEANS = {"?1": True, "?0": False}
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}
-# How long an answer that is given whole waits to be told whether it is stored.
-_KEPT_WITHIN_S = 0.05
 _CONTROL_HEADERS = ("Cache-Control", "Gateway-Cache-TTL", "Gateway-Cache-Namespace", "Gateway-Cache-Tags")
 # For caches between the caller and us: they may keep what we keep, for as long as we do, but for this caller only; and
 # nothing else, since a stream that fails ends as well as one that does not (RFC 9111 5.2.2).
-_UNSTORED = "no-store"
+UNSTORED = "no-store"
 _VARY = ", ".join((*(name.title() for name in CREDENTIAL_HEADERS), "Gateway-Cache-Namespace", "Gateway-Event-Ids"))
 
 
@@ -45,6 +43,8 @@ class Timing:
     head_after_s: float
     keepalive_s: float
     write_timeout_s: float
+    stored_within_s: float
+    """How long an answer that is given whole waits to be told whether it is stored."""
 
 
 class CallerTooSlow(ConnectionResetError):
@@ -64,7 +64,7 @@ def handler(api: Api, service: Service, timing: Timing, *, event_ids: bool) -> H
         try:
             if asked.streamed:
                 return await write_stream(request, opened, exchange, timing)
-            return await _whole(opened, exchange)
+            return await _whole(opened, exchange, timing)
         except UpstreamRefused as refusal:
             exchange.cache_status = opened.disposition._replace(status=refusal.status).cache_status()
             raise
@@ -92,7 +92,7 @@ def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Control
 
     Raises `RequestProblem`.
     """
-    asked = body.pop("cache") if isinstance(body.get("cache"), dict) else None
+    asked = body.pop("cache", None) if isinstance(body.get("cache"), dict | None) else None
     if asked is None and not any(name in headers for name in _CONTROL_HEADERS):
         return NO_CONTROLS
     controls = Controls(
@@ -107,6 +107,8 @@ def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Control
 async def read_json(request: web.Request) -> Any:
     """The parsed body. Raises `UnsupportedMediaType`, `BodyTooLarge` and `InvalidRequest`."""
     kind = request.headers.get("Content-Type")
+    if kind is None and request.method == "QUERY":
+        raise InvalidRequest("A QUERY must name the type of its content: application/json (RFC 10008 2).")
     if kind is not None and not is_json(kind):
         raise UnsupportedMediaType(f"The content type must be application/json, not {kind!r}.")
     try:
@@ -126,9 +128,9 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-async def _whole(opened: Opened, exchange: Exchange) -> web.Response:
+async def _whole(opened: Opened, exchange: Exchange, timing: Timing) -> web.Response:
     body = await opened.reader.whole()
-    kept, why_not = await opened.reader.outcome(_KEPT_WITHIN_S)
+    kept, why_not = await opened.reader.outcome(timing.stored_within_s)
     if kept or why_not:
         told = opened.disposition
         opened.disposition = told._replace(stored=bool(kept), detail=why_not or told.detail)
@@ -208,10 +210,10 @@ def _headers(
         passed = {GATEWAY_UPSTREAM: served_by}
     exchange.upstream = passed.get(GATEWAY_UPSTREAM, exchange.upstream)
     exchange.cache_status = disposition.cache_status()
-    headers = {**passed, **exchange.headers(), "Cache-Control": _UNSTORED}
+    headers = {**passed, **exchange.headers(), "Cache-Control": UNSTORED}
     if disposition.is_replay:
         headers["Age"] = str(disposition.age_s)
-    if disposition.ttl_s > 0 or disposition.stored:
+    if opened.ttl_s and (disposition.ttl_s > 0 or disposition.stored):
         headers["Cache-Control"] = f"private, max-age={int(opened.ttl_s)}"
         headers["Vary"] = _VARY
     if opened.stream_id:

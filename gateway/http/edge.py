@@ -8,12 +8,14 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
 
 from gateway.core.policy import NOT_FORWARDED, only_detail
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest, MethodNotAllowed, PathNotFound, UpstreamRefused
 from gateway.observe import RequestDetails, Sink
 from gateway.ports import GATEWAY_UPSTREAM
+from gateway.questions import CREDENTIAL_HEADERS
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,22 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 _CLIENT_CLOSED = 499  # nginx's word for a caller who left
+
+
+def _told_in_full(record: logging.LogRecord) -> bool:
+    """Whether the server has failed; of a request that cannot be parsed there is one line, and none of its bytes: a key may
+    be among them.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, HttpProcessingError):
+        return True
+    log.info("%s: %s", record.getMessage(), type(error).__name__)
+    return False
+
+
+server_log = log.getChild("server")
+"""Where aiohttp tells of what never came to a handler."""
+server_log.addFilter(_told_in_full)
 
 
 class Exchange:
@@ -106,6 +124,8 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
 
 async def _answer(request: web.Request, handler: Handler, exchange: Exchange) -> web.StreamResponse:
     try:
+        if request.path.startswith("/v1/"):
+            _check_credential(request)
         response = await handler(request)
     except GatewayError as error:
         if error.detail:
@@ -122,6 +142,13 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
         response.headers.update(exchange.headers())
         response.headers.setdefault("Cache-Control", "no-store")
     return response
+
+
+def _check_credential(request: web.Request) -> None:
+    """HTTP lets any bytes through (RFC 9110 5.5), but no client of an upstream's does, and no credential has them."""
+    for name in CREDENTIAL_HEADERS:
+        if not request.headers.get(name, "").isascii():
+            raise InvalidRequest(f"Invalid value for the header '{name}': only ASCII can be passed on.", param=name)
 
 
 def error_response(error: GatewayError, exchange: Exchange) -> web.Response:

@@ -6,7 +6,7 @@ import orjson
 from aiohttp import web
 
 from gateway.errors import InvalidRequest, PathNotFound, UpstreamError
-from gateway.http.completions import is_json, read_json
+from gateway.http.completions import UNSTORED, is_json, read_json
 from gateway.http.edge import EXCHANGE, Handler, not_allowed
 from gateway.ports import GATEWAY_UPSTREAM, Upstream
 from gateway.questions import CREDENTIAL_HEADERS, FORWARDED_HEADERS, Router
@@ -72,7 +72,8 @@ class Relay:
             exchange.take_upstream_id(relayed.headers.get("x-request-id"))
             passed = {name: value for name, value in relayed.headers.items() if name != "x-request-id"}
             exchange.upstream = passed.get(GATEWAY_UPSTREAM, exchange.upstream)
-            response = web.StreamResponse(status=relayed.status, headers=passed | exchange.headers())
+            headers = {**passed, **exchange.headers(), "Cache-Control": UNSTORED}
+            response = web.StreamResponse(status=relayed.status, headers=headers)
             try:
                 exchange.head_sent = True
                 await response.prepare(request)

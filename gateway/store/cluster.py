@@ -143,6 +143,9 @@ class Cluster:
     async def _send_to(self, node: ClusterNode, commands: list[PipelineCommand]) -> None:
         try:
             await node.execute_pipeline(commands)
+        except asyncio.CancelledError:
+            self._failed = node.name  # too slow for who asked: another one may have its slots by now
+            raise
         except (RedisError, OSError) as error:
             for command in commands:
                 command.result = error

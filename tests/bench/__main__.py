@@ -1,4 +1,4 @@
-"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json] [--only servers|flights]`.
+"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json] [--only servers|flights|compression]`.
 
 The service in one process alone on one core, beside a bare comparator that does the same work with aiohttp and
 redis-py and nothing else; Redis, the upstream and the load generator on another. Only the ratios mean something:
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import orjson
+from compression import compression
 from figures import QUICK, Extent, Figures, fresh_process, one_round
 from flights import flights
 from processes import BenchFailed, Cores
 from stage import Stage, stage
 from table import markdown
 
-Part = Literal["servers", "flights"]
+Part = Literal["servers", "flights", "compression"]
 
 
 def main() -> int:
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tests/bench", description="Measures the gateway beside a bare aiohttp server.")
     parser.add_argument("--quick", action="store_true", help="a smoke run of some seconds: its numbers mean nothing")
     parser.add_argument("--json", action="store_true", help="all that was measured, instead of the table")
-    parser.add_argument("--only", choices=get_args(Part), help="the part that has a comparator, or that of shared answers")
+    parser.add_argument("--only", choices=get_args(Part), help="one part of it")
     return parser
 
 
@@ -56,10 +57,13 @@ def _measure(extent: Extent, only: Part | None) -> list[Figures]:
         _say("warning: all processes share the processor, so the numbers say little")
     measurements: list[Figures] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as directory, stage(cores, Path(directory)) as set_up:
-        if only != "flights":
+        if only in (None, "servers"):
             measurements += _servers(set_up, extent)
-        if only != "servers":
+        if only in (None, "flights"):
             measurements += flights(set_up, extent, _say)
+        if only in (None, "compression"):
+            _say("lookups of compressed recordings")
+            measurements += compression(set_up.redis_socket, extent)
     return measurements
 
 

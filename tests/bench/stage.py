@@ -26,7 +26,7 @@ class Stage:
         self.upstream = upstream
         self._cores = cores
         self._directory = directory
-        self._redis_socket = redis_socket
+        self.redis_socket = redis_socket
 
     def gateway(self) -> AbstractContextManager[Server]:
         """The real command at its default configuration, but for the addresses, and for the patience with Redis:
@@ -36,7 +36,7 @@ class Stage:
         port = free_port()
         config = self._directory / f"{port}.toml"
         config.write_text(
-            f'[server]\nport = {port}\n[redis]\nurl = "unix://{self._redis_socket}"\nlookup_timeout_s = 2.0\n'
+            f'[server]\nport = {port}\n[redis]\nurl = "unix://{self.redis_socket}"\nlookup_timeout_s = 2.0\n'
             f'[[upstreams]]\nname = "scripted"\nkind = "openai"\nmodels = ["scripted"]\n'
             f'base_url = "http://127.0.0.1:{self.upstream.port}/v1"\n',
             "utf-8",
@@ -47,11 +47,11 @@ class Stage:
     def bare(self) -> AbstractContextManager[Server]:
         """The comparator."""
         port = free_port()
-        command = script("bare.py", port, self._redis_socket, f"http://127.0.0.1:{self.upstream.port}")
+        command = script("bare.py", port, self.redis_socket, f"http://127.0.0.1:{self.upstream.port}")
         return server("bare", command, port, self._cores.server)
 
     def empty_store(self) -> None:
-        with redis.Redis(unix_socket_path=str(self._redis_socket)) as client:
+        with redis.Redis(unix_socket_path=str(self.redis_socket)) as client:
             client.flushall()
 
     def set_pace(self, ttft_s: float, gap_s: float) -> None:

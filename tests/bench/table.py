@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isnan, nan
 from statistics import median
 
+from compression import SIZES_TOKENS, figure
 from figures import MANY_CONNECTIONS, RELAY_CONNECTIONS, Extent, Figures
 from flights import REPLICAS
 
@@ -67,6 +68,15 @@ ROWS = (
     Row("CPU of a frame to each of them at full speed, µs", "fan_out", "cpu_us_a_frame"),
     Row("CPU of a frame to each of them, paced, µs", "crowd", "cpu_us_a_frame"),
     Row("memory of a follower, KiB", "crowd", "follower_kib"),
+    *(
+        row
+        for tokens in SIZES_TOKENS
+        for row in (
+            Row(f"lookup of {tokens:,} frames, compressed (bare: plain), µs", figure(tokens), "lookup_us"),
+            Row("the same, 16 at a time", figure(tokens), "many_us"),
+            Row("its bytes in Redis", figure(tokens), "stored_bytes"),
+        )
+    ),
 )
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.core.purge import Labels, Purge, Selector
+from gateway.core.purge import Labels, Marks, Purge, Selector
 
 LABELS = Labels(
     key="0f" * 20,
@@ -91,3 +91,25 @@ def test_what_is_no_purge_is_a_value_error(value):
     for data in (orjson.dumps(value), orjson.dumps(value)[:-1], b""):
         with pytest.raises(ValueError):  # noqa: PT011  # a JSON error is one, with words of its own
             Purge.loads(data)
+
+
+FEW = st.sampled_from([None, "a", "b"])
+FEW_PURGES = st.builds(
+    Purge, st.integers(0, 3), st.builds(Selector, key=FEW, flight=FEW, id=FEW, namespace=FEW, model=FEW, tag=FEW)
+)
+NAMES = st.sampled_from(["", "a", "b"])
+FEW_LABELS = st.builds(
+    Labels, NAMES, NAMES, NAMES, st.lists(st.sampled_from(["a", "b"])).map(tuple), NAMES, NAMES, sample_of=NAMES
+)
+
+
+@given(st.lists(FEW_PURGES), FEW_LABELS, st.integers(0, 3), st.integers(0, 4))
+def test_many_marks_cover_what_any_of_them_does(purges, labels, began_us, forgotten_us):
+    marks = Marks()
+    assert [marks.add(purge) for purge in purges] == [purge not in purges[:at] for at, purge in enumerate(purges)]
+    assert bool(marks) is bool(purges)
+    assert marks.cover(labels, began_us / 1e6) is any(purge.covers(labels, began_us / 1e6) for purge in purges)
+    marks.forget(forgotten_us)
+    left = [purge for purge in purges if purge.at_us >= forgotten_us]
+    assert bool(marks) is bool(left)
+    assert marks.cover(labels, began_us / 1e6) is any(purge.covers(labels, began_us / 1e6) for purge in left)
