@@ -4,10 +4,11 @@ import asyncio
 import dataclasses
 import gc
 import logging
+import random
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -23,9 +24,11 @@ from gateway.config import (
     UpstreamConfig,
 )
 from gateway.core.apis import APIS
+from gateway.core.balancing import EjectionRules
 from gateway.core.policy import ModelRules, RuleBook
+from gateway.core.retrying import RetryBudget
 from gateway.eraser import Eraser
-from gateway.errors import StoreUnavailable
+from gateway.errors import ConfigError, ModelNotFound, StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
 from gateway.http.relay import Relay
@@ -41,6 +44,9 @@ from gateway.store.in_process import in_process_redis
 from gateway.store.redis import RedisStore, connect
 from gateway.streams import Streams
 from gateway.tally import Tally
+from gateway.upstreams.asking import AskingTerms, Target
+from gateway.upstreams.pool import Deployment, Pool
+from gateway.upstreams.resilient import Resilient
 from gateway.upstreams.router import Router
 
 log = logging.getLogger(__name__)
@@ -99,7 +105,8 @@ def build_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
     if isinstance(config, OpenAIUpstreamConfig):
         from gateway.upstreams.openai import OpenAIUpstream  # noqa: PLC0415
 
-        return OpenAIUpstream(config, loaded.secrets.get(config.api_key_env), loaded.proxies.get(config.name))
+        keys = [loaded.secrets[name] for name in config.key_names]
+        return OpenAIUpstream(config, keys, loaded.proxies.get(config.name))
     if isinstance(config, LangChainUpstreamConfig):
         from gateway.upstreams.langchain import LangChainUpstream  # noqa: PLC0415
 
@@ -110,9 +117,51 @@ def build_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
 
 
 def build_router(loaded: Loaded) -> Router:
-    """Raises `ConfigError` where an upstream cannot be made."""
-    configs = loaded.config.upstreams or (FALLBACK_UPSTREAM,)
-    return Router([(upstream, build_upstream(upstream, loaded)) for upstream in configs])
+    """Raises `ConfigError` where an upstream cannot be made, or a fallback means none."""
+    config, clock, draw = loaded.config, SystemClock(), random.Random().random  # noqa: S311  # it spreads load
+    configs = config.upstreams or (FALLBACK_UPSTREAM,)
+    ejection = EjectionRules(**dict(config.ejection))
+    groups: dict[str, list[Deployment]] = {}
+    for each in configs:
+        deployment = Deployment(each, build_upstream(each, loaded), ejection, clock)
+        groups.setdefault(each.group_name, []).append(deployment)
+    terms = AskingTerms(
+        rule_book(config), config.retries, config.flights.first_byte_timeout_s, config.flights.total_timeout_s, clock, draw
+    )
+    pools = {}
+    for name, deployments in groups.items():
+        budget = RetryBudget(config.retries.budget, config.retries.min_per_s, clock.monotonic())
+        pools[name] = Pool(name, deployments, budget, draw)
+
+    def fallback(name: str) -> Target:
+        route = router.fallback(name)
+        return Target(pools[route.upstream.name], route.model)
+
+    resilient = {name: Resilient(pool, terms, fallback) for name, pool in pools.items()}
+    router = Router([(each, resilient[each.group_name]) for each in configs])
+    if problems := list(_wrong_fallbacks(config, router)):
+        raise ConfigError(problems)
+    return router
+
+
+def _wrong_fallbacks(config: Config, router: Router) -> Iterator[str]:
+    for place, model in enumerate(config.models):
+        for name in model.fallbacks or ():
+            try:
+                upstream = router.fallback(name).upstream
+            except ModelNotFound:
+                yield f"models.{place}.fallbacks: no upstream serves {name!r}"
+                continue
+            # A caller's credential is for the upstream that it has asked.
+            if upstream.passes_credential and any(_may_ask(router, pattern) is not upstream for pattern in model.names):
+                yield f"models.{place}.fallbacks: {upstream.name!r} has no key of its own to stand in with"
+
+
+def _may_ask(router: Router, name: str) -> Upstream | None:
+    try:
+        return router.route(name).upstream
+    except ModelNotFound:
+        return None
 
 
 def build_app(config: Config, store: RedisStore, router: Router, admin_key: str = "") -> web.Application:
@@ -123,7 +172,8 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     running = edge.Running()
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
     app[RUNNING] = running
-    purges = Purges(store, clock, longest_s=config.flights.total_timeout_s)
+    longest_s = max(config.flights.total_timeout_s, *(model.total_timeout_s or 0.0 for model in config.models), 0.0)
+    purges = Purges(store, clock, longest_s=longest_s)
     tally = Tally(store)
     flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally)
     tenants, rules = Tenants(store), _cache_rules(config)
@@ -176,7 +226,8 @@ def _cache_rules(config: Config) -> CacheRules:
 def rule_book(config: Config) -> RuleBook:
     """The rules of ``[cache]`` and of ``[[models]]``."""
     names = {field.name for field in dataclasses.fields(ModelRules)}
-    default = ModelRules(**{name: value for name, value in config.cache if name in names})
+    cached = {name: value for name, value in config.cache if name in names}
+    default = ModelRules(**cached, retries=config.retries.max_retries)
     models = [(model.names, dict(model)) for model in config.models]
     if not config.cache.enabled:
         models = [(names, {**rules, "enabled": False}) for names, rules in models]
@@ -222,7 +273,8 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
 
 def _relay_upstream(config: Config, router: Router) -> Upstream | None:
     """Where requests go that name no model: as configured, else to the default upstream, else to the only one."""
-    named = [upstream for upstream in router.upstreams if upstream.name == config.server.relay_upstream]
+    group = {each.name: each.group_name for each in config.upstreams}.get(config.server.relay_upstream)
+    named = [upstream for upstream in router.upstreams if upstream.name == group]
     if named:
         return named[0]
     return router.default or (router.upstreams[0] if len(router.upstreams) == 1 else None)
@@ -295,9 +347,9 @@ def describe_upstreams(config: Config) -> str:
 
 def _described(upstream: UpstreamConfig) -> str:
     models = [*upstream.models, *upstream.aliases, *(["any other model"] if upstream.default else [])]
-    serves = ", ".join(models) or "no model"
+    serves = (", ".join(models) or "no model") + (f", in the group {upstream.group}" if upstream.group else "")
     if isinstance(upstream, OpenAIUpstreamConfig):
-        key = f"key from {upstream.api_key_env}" if upstream.api_key_env else "the caller's own key"
+        key = f"key from {', '.join(upstream.key_names)}" if upstream.key_names else "the caller's own key"
         return f"{upstream.base_url} ({key}) for {serves}"
     if isinstance(upstream, LangChainUpstreamConfig):
         return f"{upstream.target} for {serves}"

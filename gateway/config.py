@@ -40,6 +40,7 @@ SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DottedPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
@@ -150,8 +151,27 @@ class FlightsConfig(_Section):
     max_flight_bytes: Count = 33_554_432
     resume_s: Seconds = 300.0
     event_ids: bool = False
+    first_byte_timeout_s: Seconds = 600.0
     idle_timeout_s: Seconds = 600.0
     total_timeout_s: Seconds = 3600.0
+
+
+class RetriesConfig(_Section):
+    max_retries: CountOrZero = 2
+    backoff_s: SecondsOrZero = 0.5
+    max_backoff_s: SecondsOrZero = 8.0
+    max_wait_s: SecondsOrZero = 10.0
+    budget: Share = 0.2
+    min_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+class EjectionConfig(_Section):
+    enabled: bool = True
+    error_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    min_calls: Count = 5
+    window_s: Seconds = 30.0
+    first_s: Seconds = 5.0
+    longest_s: Seconds = 60.0
 
 
 class AdminConfig(_Section):
@@ -179,6 +199,12 @@ class ModelConfig(_Section):
     samples: Samples | None = None
     input_usd_per_million: Dollars | None = None
     output_usd_per_million: Dollars | None = None
+    connect_timeout_s: Seconds | None = None
+    first_byte_timeout_s: Seconds | None = None
+    idle_timeout_s: Seconds | None = None
+    total_timeout_s: Seconds | None = None
+    retries: CountOrZero | None = None
+    fallbacks: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
 
 
 class LogConfig(_Section):
@@ -188,21 +214,45 @@ class LogConfig(_Section):
 
 class _UpstreamConfig(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")] = ""
     models: tuple[str, ...] = ()
     aliases: dict[str, str] = {}
     default: bool = False
     ignored_paths: tuple[DottedPath, ...] = ()
+    weight: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
+    max_concurrent_calls: CountOrZero = 1000
+    max_queued_calls: CountOrZero = 1000
+    queue_timeout_s: Seconds = 10.0
+
+    @property
+    def group_name(self) -> str:
+        """What it is called in the cache key, together with all that answer the same."""
+        return self.group or self.name
+
+    @property
+    def passes_credential(self) -> bool:
+        """Whether the caller's own credential goes there."""
+        return False
 
 
 class OpenAIUpstreamConfig(_UpstreamConfig):
     kind: Literal["openai"]
     base_url: str = "https://api.openai.com/v1"
     api_key_env: Variable = ""
+    api_key_envs: tuple[Variable, ...] = ()
     stream: bool = True
     ask_usage: bool = True
     connect_timeout_s: Seconds = 5.0
     idle_timeout_s: Seconds = 600.0
-    max_connections: Count = 1000
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """The variables that hold its keys, each once."""
+        return tuple(dict.fromkeys(name for name in (self.api_key_env, *self.api_key_envs) if name))
+
+    @property
+    def passes_credential(self) -> bool:
+        return not self.key_names
 
     @field_validator("base_url")
     @classmethod
@@ -225,6 +275,7 @@ class LangChainUpstreamConfig(_UpstreamConfig):
 
 class SimulatedUpstreamConfig(_UpstreamConfig):
     kind: Literal["simulated"]
+    max_concurrent_calls: CountOrZero = 0
     ttft_s: SecondsOrZero = 0.3
     tokens_per_s: Rate = 40.0
     length_tokens: Count = 120
@@ -245,6 +296,8 @@ class Config(_Section):
     redis: RedisConfig = RedisConfig()
     cache: CacheConfig = CacheConfig()
     flights: FlightsConfig = FlightsConfig()
+    retries: RetriesConfig = RetriesConfig()
+    ejection: EjectionConfig = EjectionConfig()
     replay: ReplayConfig = ReplayConfig()
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
@@ -256,14 +309,31 @@ class Config(_Section):
     def _names_agree(cls, upstreams: tuple[UpstreamConfig, ...], info: ValidationInfo) -> tuple[UpstreamConfig, ...]:
         names = [upstream.name for upstream in upstreams]
         problems = [f"the name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
-        if sum(upstream.default for upstream in upstreams) > 1:
+        if len({upstream.group_name for upstream in upstreams if upstream.default}) > 1:
             problems.append("only one can be the default")
+        problems += _disagreements(upstreams)
         server = info.data.get("server")
         if server and server.relay_upstream and server.relay_upstream not in names:
             problems.append(f"none is called {server.relay_upstream!r}, as server.relay_upstream says")
         if problems:
             raise ValueError("; ".join(problems))
         return upstreams
+
+
+def _disagreements(upstreams: tuple[UpstreamConfig, ...]) -> Iterator[str]:
+    """What keeps upstreams of one group from sharing their answers."""
+    groups: dict[str, list[UpstreamConfig]] = {}
+    for upstream in upstreams:
+        groups.setdefault(upstream.group_name, []).append(upstream)
+    for group, members in groups.items():
+        if len({member.passes_credential for member in members}) > 1:
+            yield f"of the group {group!r} some have keys and some pass on the caller's: its answers would be everybody's"
+        if len({member.ignored_paths for member in members}) > 1:
+            yield f"those of the group {group!r} do not agree on ignored_paths"
+        aliases = {alias for member in members for alias in member.aliases}
+        for own in sorted(aliases.intersection(*[{own for member in members for own in member.aliases.values()}])):
+            if len(members) > 1:
+                yield f"in the group {group!r} {own!r} is an alias, and is what another one stands for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +509,6 @@ def _secret_names(config: Config) -> Iterator[str]:
     yield config.admin.key_env if config.admin.enabled else ""
     for upstream in config.upstreams:
         if isinstance(upstream, OpenAIUpstreamConfig):
-            yield upstream.api_key_env
+            yield from upstream.key_names
         if isinstance(upstream, LangChainUpstreamConfig):
             yield from upstream.arguments_env.values()

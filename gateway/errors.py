@@ -167,6 +167,16 @@ class UpstreamBroke(UpstreamError):
     code = "upstream_broke"
 
 
+class UpstreamBusy(UpstreamError):
+    """It has as many calls as it may have at a time, and as many wait for their turn; or this one has waited too long."""
+
+    status = 503
+    code = "upstream_busy"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+
+
 class StreamDiverged(UpstreamError):
     """A second run of the call said something else than the stream had already shown, so it cannot go on."""
 

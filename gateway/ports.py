@@ -20,6 +20,17 @@ class Clock(Protocol):
     def monotonic(self) -> float: ...
 
 
+class Patience(NamedTuple):
+    """How long an upstream may take, in seconds; None: as it is configured itself."""
+
+    connect_s: float | None = None
+    first_byte_s: float | None = None
+    idle_s: float | None = None
+
+
+AS_CONFIGURED = Patience()
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One question to an upstream. ``body`` is the caller's, with the upstream's own name of the model."""
@@ -30,6 +41,13 @@ class Call:
     """Whether the caller asked for a stream. The upstream is asked for one wherever it can give one (DESIGN 2.3)."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Of the caller's headers, those that may go upstream; its credential is among them only where it is meant to be."""
+    asked: str = ""
+    """What the caller calls the model."""
+    patience: Patience = AS_CONFIGURED
+
+
+GATEWAY_UPSTREAM = "gateway-upstream"
+"""The header of answers and errors that names the ``[[upstreams]]`` entry which has given them."""
 
 
 class Served(NamedTuple):

@@ -101,27 +101,27 @@ class Pump:
         self._rules = rules
         self._clock = clock
         self._continuation = continuation
-        self._idle_s = rules.idle_timeout_s
-        self._step_s = rules.idle_timeout_s / _IDLE_STEPS
+        self._idle_s = plan.rules.idle_timeout_s or rules.idle_timeout_s
+        self._total_s = plan.rules.total_timeout_s or rules.total_timeout_s
+        self._step_s = self._idle_s / _IDLE_STEPS
         # A run that goes on with another's counts its time from when that one began.
         self._began = clock.monotonic() - (max(0.0, clock.now() - flight.started_at) if continuation else 0.0)
         self._latest_us = flight.frames[-1].at_us if flight.frames else 0
 
     async def run(self) -> None:
         """Raises `GatewayError` where the answer ends early."""
-        total_s = self._rules.total_timeout_s
         try:
-            async with asyncio.timeout(total_s) as total, asyncio.timeout(self._idle_s + self._step_s) as idle:
-                await self._ask(idle)
+            async with asyncio.timeout(self._total_s):
+                await self._ask()
         except TimeoutError:
-            why = f"took longer than {total_s:g} s" if total.expired() else f"sent nothing for {self._idle_s:g} s"
-            raise UpstreamTimeout(f"The upstream {why}.") from None
+            raise UpstreamTimeout(f"The upstream took longer than {self._total_s:g} s.") from None
         except Diverged as error:
             raise StreamDiverged(f"The call had to be run again, and went another way: {error}.") from None
         if self._flight.outcome:
             await self._table.keep(self._flight, self._plan)
 
-    async def _ask(self, idle: asyncio.Timeout) -> None:
+    async def _ask(self) -> None:
+        """How long an upstream may take to begin is its own business; how long it may pause after that is ours."""
         flight, plan = self._flight, self._plan
         async with plan.upstream.ask(plan.call) as answer:
             flight.served = answer.served
@@ -131,7 +131,7 @@ class Pump:
                 self._take_whole(answer.whole or b"")
                 return
             async with aclosing(answer.batches) as batches:
-                done = await self._copy(batches, idle)
+                done = await self._copy(batches)
                 if not done and not self._finished():
                     raise UpstreamBroke("The upstream's stream ended before the answer was complete.")
                 if self._continuation:
@@ -139,8 +139,15 @@ class Pump:
                 self._table.complete(flight, plan)
                 await asyncio.gather(self._table.keep(flight, plan), _drain(batches))
 
-    async def _copy(self, batches: AsyncIterator[list[bytes]], idle: asyncio.Timeout) -> bool:
-        """Appends what comes, until ``[DONE]`` (true) or the end."""
+    async def _copy(self, batches: AsyncIterator[list[bytes]]) -> bool:
+        """Appends what comes, until ``[DONE]`` (true) or the end. Raises `UpstreamTimeout` where it pauses for too long."""
+        try:
+            async with asyncio.timeout(self._idle_s + self._step_s) as idle:
+                return await self._copy_within(batches, idle)
+        except TimeoutError:
+            raise UpstreamTimeout(f"The upstream sent nothing for {self._idle_s:g} s.") from None
+
+    async def _copy_within(self, batches: AsyncIterator[list[bytes]], idle: asyncio.Timeout) -> bool:
         loop = asyncio.get_running_loop()
         reschedule_at_s = 0.0
         async for batch in batches:

@@ -254,7 +254,8 @@ class Questions:
         if route.upstream.passes_credential:
             names = (*FORWARDED_HEADERS, *CREDENTIAL_HEADERS)
         headers = {name: request.headers[name] for name in names if name in request.headers}
-        return Call(request.api, {**request.body, "model": route.model}, request.streamed, headers)
+        asked = request.body["model"]
+        return Call(request.api, {**request.body, "model": route.model}, request.streamed, headers, asked)
 
     def plan_of(self, noted: bytes, headers: Mapping[str, str], key: CacheKey) -> Plan:
         """How to run a call again, from what was noted of its request. Raises `GatewayError`."""

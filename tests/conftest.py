@@ -78,6 +78,7 @@ async def start_gateway(
             values: dict[str, Any] = {
                 "redis": {"url": shared_redis.url, "prefix": prefix, "lookup_timeout_s": 2.0},
                 "log": {"access": False},
+                "retries": {"max_retries": 0},
                 "upstreams": [{"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}],
             }
             for name, section in sections.items():

@@ -333,7 +333,7 @@ async def test_a_stale_answer_in_the_place_of_an_error_is_marked(start_gateway, 
 
 
 async def test_an_upstream_that_is_gone_or_hangs_is_stood_in_for(start_gateway, upstream):
-    gateway = await start_gateway(cache={"ttl_s": 100, "stale_if_error_s": 900}, flights={"idle_timeout_s": 0.2})
+    gateway = await start_gateway(cache={"ttl_s": 100, "stale_if_error_s": 900}, flights={"first_byte_timeout_s": 0.2})
     path = "/v1/chat/completions"
     await ask(gateway, path)
     await gateway.landed()

@@ -30,6 +30,8 @@ OTHER_VALUES = {
     ("cache", "sample_order"): "random",
     ("cache", "key_secret_env"): "KEY_SECRET",
     ("flights", "when_abandoned"): "cancel",
+    ("retries", "budget"): 0.5,
+    ("ejection", "error_rate"): 0.7,
     ("replay", "pace"): "fixed",
     ("replay", "identity"): "original",
     ("admin", "key_env"): "KEY_SECRET",
@@ -331,9 +333,28 @@ def test_values_outside_their_range_are_refused(setting):
 
 def test_upstreams_must_agree():
     twice = OPENAI | {"default": True}
-    assert upstreams_problems(twice, twice) == [
+    assert upstreams_problems(twice, twice, twice | {"name": "p"}) == [
         "upstreams: the name 'o' is used twice; only one can be the default (from GATEWAY_UPSTREAMS)"
     ]
+
+
+def test_upstreams_of_one_group_must_agree():
+    eu = OPENAI | {"name": "eu", "group": "o", "default": True}
+    us = OPENAI | {"name": "us", "group": "o", "default": True}
+    assert {each.group_name for each in load(None, {"GATEWAY_UPSTREAMS": json.dumps([eu, us])}).config.upstreams} == {"o"}
+    (problem,) = upstreams_problems(eu | {"api_key_envs": ["SOME_KEY"]}, us | {"ignored_paths": ["seed"]}, SOME_KEY=SECRET)
+    assert "some have keys and some pass on the caller's" in problem
+    assert "do not agree on ignored_paths" in problem
+    (problem,) = upstreams_problems(eu | {"aliases": {"a": "b"}}, us | {"aliases": {"b": "c"}})
+    assert "'b' is an alias, and is what another one stands for" in problem
+
+
+def test_each_key_of_an_upstream_is_a_secret_that_must_be_there():
+    keyed = OPENAI | {"api_key_env": "KEY_A", "api_key_envs": ["KEY_B", "KEY_A"]}
+    loaded = load(None, {"GATEWAY_UPSTREAMS": json.dumps([keyed]), "KEY_A": "a", "KEY_B": "b"})
+    assert loaded.config.upstreams[0].key_names == ("KEY_A", "KEY_B")
+    assert loaded.secrets == {"KEY_A": "a", "KEY_B": "b"}
+    assert "KEY_B is not set" in upstreams_problems(keyed, KEY_A="a")[0]
 
 
 # Secrets

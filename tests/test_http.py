@@ -701,22 +701,24 @@ async def test_only_if_cached_does_not_take_an_unreachable_store_for_a_miss(star
 # When heads and frames leave
 
 
-async def test_the_head_leaves_when_the_upstreams_comes_and_before_any_frame(gateway, upstream):
+async def test_the_head_leaves_with_the_first_token_since_until_then_all_may_change(gateway, upstream):
     async def script(asked):
-        await asked.gate("head")
         await asked.head(x_ratelimit_limit_requests="5")
-        await asked.gate("frames")
-        await asked.event(chunk({"content": "x"}, "stop"))
+        await asked.event(chunk({"role": "assistant", "content": ""}))
+        await asked.gate("token")
+        await asked.event(chunk({"content": "x"}))
+        await asked.gate("end")
+        await asked.event(chunk({}, "stop"))
         await asked.done()
 
     upstream.script = script
     asking = asyncio.ensure_future(gateway.opened(stream=True).__aenter__())
-    await upstream.gate("head").reached.wait()
+    await upstream.gate("token").reached.wait()
     assert not asking.done()
-    upstream.gate("head").released.set()
+    upstream.gate("token").released.set()
     async with await asking as response:
         assert (response.status, response.headers["x-ratelimit-limit-requests"]) == (200, "5")
-        upstream.gate("frames").released.set()
+        upstream.gate("end").released.set()
         assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 

@@ -126,6 +126,7 @@ def test_an_answered_operation_has_both_forms_their_headers_and_every_error_of_t
         "Age",
         "Cache-Control",
         "Gateway-Stream-Id",
+        "Gateway-Upstream",
         "X-Request-Id",
     }
     faults = [InvalidRequest, ModelNotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType]

@@ -127,6 +127,15 @@ class ModelRules:
     """How many answers of one question are kept."""
     input_usd_per_million: float | None = None
     output_usd_per_million: float | None = None
+    connect_timeout_s: float | None = None
+    """This and the next three: None where the model has none of its own."""
+    first_byte_timeout_s: float | None = None
+    idle_timeout_s: float | None = None
+    total_timeout_s: float | None = None
+    retries: int = 2
+    """How many times a call may be made again before its first token."""
+    fallbacks: tuple[str, ...] = ()
+    """The models that answer where this one cannot, in order; ``upstream/model`` names one of a certain upstream."""
 
     @property
     def kept_stale_s(self) -> float:

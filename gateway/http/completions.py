@@ -16,6 +16,7 @@ from gateway.core.policy import Directives
 from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, UpstreamRefused
 from gateway.http import fields
 from gateway.http.edge import EXCHANGE, Exchange, Handler
+from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS, Request
 from gateway.reader import Reader
 from gateway.service import Opened, Service
@@ -205,6 +206,9 @@ def _headers(
         exchange.take_upstream_id(head.get("x-request-id"))
         disposition = disposition._replace(status=200)
         passed = {name: value for name, value in head.items() if name != "x-request-id"}
+    elif head and disposition.kind == "collapsed" and (served_by := head.get(GATEWAY_UPSTREAM)):
+        passed = {GATEWAY_UPSTREAM: served_by}
+    exchange.upstream = passed.get(GATEWAY_UPSTREAM, exchange.upstream)
     exchange.cache_status = disposition.cache_status()
     headers = {**passed, **exchange.headers(), "Cache-Control": UNSTORED}
     if disposition.is_replay:

@@ -14,6 +14,7 @@ from aiohttp.typedefs import Middleware
 from gateway.core.policy import NOT_FORWARDED, only_detail
 from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest, MethodNotAllowed, PathNotFound, UpstreamRefused
 from gateway.observe import RequestDetails, Sink
+from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def error_response(error: GatewayError, exchange: Exchange) -> web.Response:
     exchange.error = f"{type(error).__name__}: {error.message}"
     exchange.take_upstream_id(error.headers.get("x-request-id"))
     headers = {name: value for name, value in error.headers.items() if name != "x-request-id"}
+    exchange.upstream = headers.get(GATEWAY_UPSTREAM, exchange.upstream)
     if isinstance(error, UpstreamRefused):
         response = web.Response(status=error.status, body=error.content, headers=headers)
         response.headers["Content-Type"] = error.content_type

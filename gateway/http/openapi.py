@@ -12,7 +12,7 @@ _STATUSES = {
     413: "The request body is too large.",
     415: "The request body is declared as something else than JSON.",
     502: "The upstream cannot be reached, or its answer is no answer.",
-    503: "The gateway is shutting down, or the store that `only-if-cached` needs cannot be reached.",
+    503: "The queue of the upstream is full, the gateway is shutting down, or the store that is needed cannot be reached.",
     504: "The upstream took too long, or `only-if-cached` was asked and the answer is not in the cache.",
 }
 
@@ -96,7 +96,9 @@ def _answered(operation: str, name: str) -> Json:
         "responses": {
             "200": {
                 "description": "The answer: a stream of events where `stream` is true, else one object.",
-                "headers": _header_refs("Cache-Status", "Age", "Cache-Control", "Gateway-Stream-Id", "X-Request-Id"),
+                "headers": _header_refs(
+                    "Cache-Status", "Age", "Cache-Control", "Gateway-Stream-Id", "Gateway-Upstream", "X-Request-Id"
+                ),
                 "content": _json(_ref("schemas", name)) | _events(f"{name}Chunk"),
             },
             **_errors(*_STATUSES),
@@ -425,8 +427,9 @@ def _headers() -> Json:
         "X-Request-Id": "The caller's, if it sent a sane one; else the upstream's, or a new one.",
         "Cache-Control": "For caches on the way: what is stored here may be kept as long, for this caller; all else is not.",
         "Gateway-Stream-Id": "By which a stream that was cut can be resumed; on a resumed one, by which it can be again.",
+        "Gateway-Upstream": "Which configured upstream has answered, where the request was forwarded.",
         "Allow": "The methods of this path.",
-        "Retry-After": "The upstream's.",
+        "Retry-After": "The upstream's, or when to come back to a full queue.",
     }
     age = {"description": "On a hit, the answer's age in seconds (RFC 9111).", "schema": {"type": "integer", "minimum": 0}}
     return {name: {"description": text, "schema": {"type": "string"}} for name, text in texts.items()} | {"Age": age}

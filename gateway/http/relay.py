@@ -8,7 +8,7 @@ from aiohttp import web
 from gateway.errors import InvalidRequest, PathNotFound, UpstreamError
 from gateway.http.completions import UNSTORED, is_json, read_json
 from gateway.http.edge import EXCHANGE, Handler, not_allowed
-from gateway.ports import Upstream
+from gateway.ports import GATEWAY_UPSTREAM, Upstream
 from gateway.questions import CREDENTIAL_HEADERS, FORWARDED_HEADERS, Router
 
 _PASSED_ON = ("accept", "content-type", "idempotency-key", "openai-beta")
@@ -71,6 +71,7 @@ class Relay:
         async with upstream.relay(request.method, path, headers, body) as relayed:
             exchange.take_upstream_id(relayed.headers.get("x-request-id"))
             passed = {name: value for name, value in relayed.headers.items() if name != "x-request-id"}
+            exchange.upstream = passed.get(GATEWAY_UPSTREAM, exchange.upstream)
             headers = {**passed, **exchange.headers(), "Cache-Control": UNSTORED}
             response = web.StreamResponse(status=relayed.status, headers=headers)
             try:

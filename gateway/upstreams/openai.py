@@ -1,12 +1,14 @@
 """Any OpenAI-compatible server: the official client, on its aiohttp transport, at the level of raw bytes.
 
 What carries tokens goes through the client's connections without its layers: its models cost forty times the bytes of a
-chunk (measured: 80 µs against 2 µs), and its requests 0.4 ms that every first token would wait for. Nothing is retried here.
+chunk (measured: 80 µs against 2 µs), and its requests 0.4 ms that every first token would wait for. Nothing is retried
+here, but for another key in the place of one that is refused.
 """
 
+import math
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -23,6 +25,8 @@ from yarl import URL
 
 from gateway.config import OpenAIUpstreamConfig
 from gateway.core.apis import APIS
+from gateway.core.balancing import KeyRing
+from gateway.core.retrying import judge, retry_after_s
 from gateway.core.sse import Decoder, Event, EventTooLarge
 from gateway.errors import (
     UpstreamBroke,
@@ -32,7 +36,7 @@ from gateway.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.ports import Answer, Call, Relayed
+from gateway.ports import AS_CONFIGURED, Answer, Call, Patience, Relayed
 
 Parameter = Literal["stream", "stream_options"]
 
@@ -43,6 +47,10 @@ _PASSED_BACK = frozenset({
 _PASSED_BACK_PREFIX = "x-ratelimit-"
 _RELAYED_BACK = _PASSED_BACK | {"content-type", "content-disposition"}
 
+# What a key is refused with that is wrong, spent, or has had its share for now. Another one may do better.
+_REFUSING_A_KEY = frozenset({401, 402, 429})
+_REST_S = 1.0
+_LONG_REST_S = 60.0
 _REFUSING = frozenset({400, 404, 405, 415, 422, 501})
 _NAMES_STREAMING = re.compile(rb"\bstream(?:s|ed|ing)?\b")
 _REMEMBER_REFUSAL_S = 3600.0
@@ -82,11 +90,11 @@ class _Ask:
 class OpenAIUpstream:
     """One ``[[upstreams]]`` entry of kind ``openai``."""
 
-    def __init__(self, config: OpenAIUpstreamConfig, api_key: str | None, proxy: str | None = None) -> None:
+    def __init__(self, config: OpenAIUpstreamConfig, api_keys: Sequence[str] = (), proxy: str | None = None) -> None:
         self.name = config.name
-        self.passes_credential = api_key is None
+        self.passes_credential = not api_keys
         self._config = config
-        self._api_key = api_key
+        self._keys = KeyRing(api_keys)
         self._proxy = proxy
         self._urls = {api.path: URL(f"{config.base_url}/{api.path}") for api in APIS.values()}
         connect_s, idle_s = config.connect_timeout_s, config.idle_timeout_s
@@ -95,7 +103,7 @@ class OpenAIUpstream:
         transport = AiohttpTransport(client=self._session, proxy=httpx2.Proxy(proxy) if proxy else None)
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
         self._client = AsyncOpenAI(
-            api_key=api_key or "none",  # the client refuses to be made without one; `models` leaves it out
+            api_key=api_keys[0] if api_keys else "none",  # the client refuses to be made without one; `models` leaves it out
             base_url=config.base_url,
             max_retries=0,
             timeout=_LIST_TIMEOUT_S,
@@ -116,7 +124,7 @@ class OpenAIUpstream:
 
     async def models(self, headers: Mapping[str, str]) -> list[dict[str, Any]]:
         """The upstream's own list. Raises `UpstreamError`."""
-        sent: dict[str, str | Omit] = {"authorization": Omit(), **self._headers(headers)}
+        sent: dict[str, str | Omit] = {"authorization": Omit(), **self._headers(headers, self._any_key())}
         options: Any = {"headers": sent}
         with _errors_mapped():
             response = await self._client.get("/models", cast_to=httpx2.Response, options=options)
@@ -131,7 +139,8 @@ class OpenAIUpstream:
         self, method: str, path: str, headers: Mapping[str, str], body: AsyncIterator[bytes] | bytes | None
     ) -> AsyncIterator[Relayed]:
         """Passes a request on as it is, whatever the status of its answer. Raises `UpstreamError`."""
-        response = await self._send(method, URL(f"{self._config.base_url}/{path}", encoded=True), headers, body)
+        url = URL(f"{self._config.base_url}/{path}", encoded=True)
+        response = await self._send(method, url, self._headers(headers, self._any_key()), body, self._timeout)
         try:
             yield Relayed(response.status, _passed_back(response, _RELAYED_BACK), _bytes(response))
         finally:
@@ -142,20 +151,51 @@ class OpenAIUpstream:
         if self._connections:
             await self._connections.close()
 
+    def _any_key(self) -> str | None:
+        return self._keys.pick("", time.monotonic())
+
     def _session(self) -> aiohttp.ClientSession:
-        """The connections, which the client shares. So do callers: no cookie of one may reach the upstream with another."""
+        """The connections, which the client shares. So do callers: no cookie of one may reach the upstream with another.
+
+        How many calls there are is limited elsewhere: who waits here for a connection would be taken for an upstream that
+        cannot be reached.
+        """
         if self._connections is None:
-            connector = aiohttp.TCPConnector(limit=self._config.max_connections, keepalive_timeout=_KEEPALIVE_EXPIRY_S)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_EXPIRY_S)
             self._connections = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         return self._connections
 
     async def _open(self, call: Call) -> aiohttp.ClientResponse:
+        """With the next key, where one is refused for what it is. Raises `UpstreamError`."""
+        model = str(call.body.get("model"))
+        refused: dict[str, UpstreamRefused] = {}
+        while True:
+            key = self._keys.pick(model, time.monotonic(), refused)
+            try:
+                return await self._open_with(call, key)
+            except UpstreamRefused as refusal:
+                if key is None or refusal.status not in _REFUSING_A_KEY:
+                    raise
+                refused[key] = refusal
+                self._keys.rest(key, model, time.monotonic() + _rest_s(refusal))
+                if len(refused) == len(self._keys):
+                    raise self._refused_with_all(model, list(refused.values())) from None
+
+    def _refused_with_all(self, model: str, refusals: list[UpstreamRefused]) -> UpstreamRefused:
+        """One that will pass, if there is one; it says when the first key can be used again."""
+        limited = [refusal for refusal in refusals if refusal.status == 429]
+        if limited and len(refusals) > 1:
+            limited[-1].headers.pop("retry-after-ms", None)
+            limited[-1].headers["retry-after"] = str(math.ceil(self._keys.ready_in_s(model, time.monotonic())))
+        return (limited or refusals)[-1]
+
+    async def _open_with(self, call: Call, key: str | None) -> aiohttp.ClientResponse:
         """Asks for a stream with usage; where that alone is refused, asks again the simpler way (DESIGN 2.3)."""
         ask = self._first_ask(call)
         refused: list[Parameter] = []
         while True:
             try:
-                response = await self._post(call, ask)
+                response = await self._post(call, ask, key)
             except UpstreamRefused as refusal:
                 parameter = refused_parameter(refusal)
                 simpler = ask.without(parameter, call) if parameter else None
@@ -189,9 +229,10 @@ class OpenAIUpstream:
         credential = call.headers.get("authorization", "").encode()
         return str(call.body.get("model")), blake2b(credential, digest_size=16).digest(), parameter
 
-    async def _post(self, call: Call, ask: _Ask) -> aiohttp.ClientResponse:
-        headers = {**call.headers, "content-type": "application/json"}
-        response = await self._send("POST", self._urls[call.api.path], headers, ask.body(call))
+    async def _post(self, call: Call, ask: _Ask, key: str | None) -> aiohttp.ClientResponse:
+        headers = self._headers({**call.headers, "content-type": "application/json"}, key)
+        limits = self._timeout if call.patience == AS_CONFIGURED else self._timeout_of(call.patience)
+        response = await self._send("POST", self._urls[call.api.path], headers, ask.body(call), limits)
         if response.status < 300:
             return response
         try:
@@ -199,22 +240,33 @@ class OpenAIUpstream:
         finally:
             response.close()
 
+    def _timeout_of(self, patience: Patience) -> aiohttp.ClientTimeout:
+        """A connection may be silent for as long as an answer may, at its beginning or later; who asks has its own."""
+        connect_s = patience.connect_s or self._config.connect_timeout_s
+        silent_s = max(patience.first_byte_s or 0.0, patience.idle_s or self._config.idle_timeout_s)
+        return aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s, sock_read=silent_s)
+
     async def _send(
-        self, method: str, url: URL, headers: Mapping[str, str], body: AsyncIterator[bytes] | bytes | None
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        body: AsyncIterator[bytes] | bytes | None,
+        limits: aiohttp.ClientTimeout,
     ) -> aiohttp.ClientResponse:
         with _errors_mapped():
             return await self._session().request(
                 method,
                 url,
-                headers=self._headers(headers),
+                headers=headers,
                 data=body,
-                timeout=self._timeout,
+                timeout=limits,
                 proxy=self._proxy,
                 allow_redirects=False,
                 skip_auto_headers=("Content-Type",),
             )
 
-    def _headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+    def _headers(self, headers: Mapping[str, str], key: str | None) -> dict[str, str]:
         """The caller's, and our key if we have one; nothing compressed: a compressor holds tokens back."""
         sent = {
             "accept": "application/json",
@@ -222,9 +274,17 @@ class OpenAIUpstream:
             **headers,
             "accept-encoding": "identity",
         }
-        if self._api_key:
-            sent["authorization"] = f"Bearer {self._api_key}"
+        if key:
+            sent["authorization"] = f"Bearer {key}"
         return sent
+
+
+def _rest_s(refusal: UpstreamRefused) -> float:
+    """For how long a key is not used that was refused so."""
+    if not judge(refusal, time.time()).again:
+        return _LONG_REST_S
+    asked_s = retry_after_s(refusal.headers, time.time())
+    return _REST_S if asked_s is None else asked_s
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> UpstreamError:
