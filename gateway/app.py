@@ -1,14 +1,11 @@
 """The composition root: the only file that names concrete classes together."""
 
-import asyncio
 import dataclasses
-import gc
 import logging
 import secrets
-import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 from aiohttp import web
@@ -50,10 +47,6 @@ STREAMS = web.AppKey("streams", Streams)
 RUNNING = web.AppKey("running", edge.Running)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
 RUNNER_OPTIONS: dict[str, Any] = {"handler_cancellation": True, "access_log": None, "keepalive_timeout": 75.0}
-_BACKLOG = 4096
-# A request makes a thousand objects and leaves no cycles behind: by default each would pay for a collection.
-_GC_THRESHOLD = 20_000
-_LAST_WORDS_S = 2.0
 
 
 class SystemClock:
@@ -140,6 +133,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
         )
         admin.add_routes(app, about, admin_key)
     _add_routes(app, config, store, router)
+    app.router.add_get("/readyz", small.readiness(store, running))
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
         await purges.open()
@@ -230,49 +224,9 @@ async def rehearse(loaded: Loaded) -> None:
         await upstream.close()
 
 
-def _on_signals(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(number, stop.set)
-        except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-
-
-async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
-    """Runs until SIGINT or SIGTERM. Raises `ConfigError`, and `OSError` where it cannot listen."""
-    config = loaded.config
-    stop = asyncio.Event()
-    _on_signals(stop)
-    async with AsyncExitStack() as stack:
-        router = build_router(loaded)
-        for upstream in router.upstreams:
-            stack.push_async_callback(upstream.close)
-        store, store_described = await open_store(stack, loaded)
-        app = build_app(config, store, router, loaded.secrets.get(config.admin.key_env, ""))
-        runner = web.AppRunner(app, shutdown_timeout=_LAST_WORDS_S, **RUNNER_OPTIONS)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=_BACKLOG)
-        await site.start()
-        announce(_announcement(runner, config, store_described))
-        gc.freeze()  # what is loaded by now stays: the collector need not look at it again
-        gc.set_threshold(_GC_THRESHOLD)
-        await stop.wait()
-        await _drain(site, app[RUNNING], config.server.shutdown_grace_s)
-        await app[SERVICE].close()
-
-
-async def _drain(site: web.TCPSite, running: edge.Running, grace_s: float) -> None:
-    """Takes no more connections, and lets running answers end within the grace."""
-    await site.stop()
-    with suppress(TimeoutError):
-        async with asyncio.timeout(grace_s):
-            await running.ended()
-
-
-def _announcement(runner: web.AppRunner, config: Config, store: str) -> str:
-    host, port = next(iter(runner.addresses))[:2]
+def announcement(address: Any, config: Config, store: str) -> str:
+    """Where it listens, where it keeps what, and whom it asks."""
+    host, port = address[:2]
     base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     cache = f"cache: {store if config.cache.enabled else 'off'}"
     administration = ["admin: on at /admin/"] if config.admin.is_open else []

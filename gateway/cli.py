@@ -75,7 +75,7 @@ def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _serve(loaded: Loaded) -> int:
-    from gateway.app import serve  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
+    from gateway.life import serve  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
 
     _runner()(serve(loaded, _say))
     return 0

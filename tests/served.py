@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, Self
 
 PROGRAM = (sys.executable, "-m", "gateway")
+# The tree that the tests are in is what they test, wherever the environment has one installed from.
+ENVIRON = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 class Served:
     """``gateway serve`` in ``directory``, started and announced; without ``wait`` it has yet to `announce` itself."""
 
     def __init__(self, directory: Path, *arguments: str, wait: bool = True, **environ: str) -> None:
-        environ = {"PATH": os.environ["PATH"], "HOME": str(directory), "TMPDIR": str(directory), **environ}
+        environ = {**ENVIRON, "HOME": str(directory), "TMPDIR": str(directory), **environ}
         command = [*PROGRAM, "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, cwd=directory, env=environ, stderr=subprocess.PIPE, text=True)
         self.said = ""

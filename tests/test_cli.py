@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from served import PROGRAM, Served
+from served import ENVIRON, PROGRAM, Served
 
 from gateway import __version__
 from gateway.cli import main
@@ -50,7 +50,7 @@ def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    environ = {"PATH": os.environ["PATH"], "HOME": str(Path.cwd()), **environ}
+    environ = {**ENVIRON, "HOME": str(Path.cwd()), **environ}
     return subprocess.run([*PROGRAM, *arguments], env=environ, capture_output=True, text=True, timeout=30, check=False)
 
 
