@@ -4,8 +4,9 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -38,6 +39,7 @@ from gateway.store.in_process import in_process_redis
 from gateway.store.redis import RedisStore, connect
 from gateway.streams import Streams
 from gateway.tally import Tally
+from gateway.upstreams.leased import Leased
 from gateway.upstreams.router import Router
 
 log = logging.getLogger(__name__)
@@ -82,12 +84,26 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
     return await stack.enter_async_context(store), described
 
 
-def build_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
+def build_upstream(config: UpstreamConfig, loaded: Loaded, known: Iterable[Leased] = ()) -> Leased:
+    """A new upstream; or the known one that is made of the very same, with its connections and what it has learned."""
+    names: list[str] = []
+    if isinstance(config, OpenAIUpstreamConfig):
+        names = [config.key_name]
+    elif isinstance(config, LangChainUpstreamConfig):
+        names = [*config.arguments_env.values(), *config.arguments_file.values()]
+    made_of = config, [loaded.secrets.get(name) for name in names], loaded.proxies.get(config.name)
+    for upstream in known:
+        if upstream.made_of == made_of:
+            return upstream
+    return Leased(partial(_new_upstream, config, loaded), made_of)
+
+
+def _new_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
     """Each kind is imported only where it is configured: LangChain must cost a plain start nothing."""
     if isinstance(config, OpenAIUpstreamConfig):
         from gateway.upstreams.openai import OpenAIUpstream  # noqa: PLC0415
 
-        return OpenAIUpstream(config, loaded.secrets.get(config.api_key_env), loaded.proxies.get(config.name))
+        return OpenAIUpstream(config, loaded.secrets.get(config.key_name), loaded.proxies.get(config.name))
     if isinstance(config, LangChainUpstreamConfig):
         from gateway.upstreams.langchain import LangChainUpstream  # noqa: PLC0415
 
@@ -97,10 +113,37 @@ def build_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
     return SimulatedUpstream(config)
 
 
-def build_router(loaded: Loaded) -> Router:
-    """Raises `ConfigError` where an upstream cannot be made."""
+def build_upstreams(loaded: Loaded, known: Sequence[Leased] = ()) -> list[tuple[UpstreamConfig, Leased]]:
+    """Raises `ConfigError` where one cannot be made. Of those that are ``known``, the unchanged ones are used again."""
     configs = loaded.config.upstreams or (FALLBACK_UPSTREAM,)
-    return Router([(upstream, build_upstream(upstream, loaded)) for upstream in configs])
+    return [(upstream, build_upstream(upstream, loaded, known)) for upstream in configs]
+
+
+def build_router(loaded: Loaded) -> Router:
+    """Raises `ConfigError`."""
+    return Router(build_upstreams(loaded))
+
+
+class Adjustable:
+    """What in a running application follows the configuration."""
+
+    def __init__(self, router: Router, rules: CacheRules, admin_key: str) -> None:
+        self.router = router
+        self.rules = rules
+        self.admin_key = admin_key
+        self.relay: Relay | None = None
+
+    def adjust(self, loaded: Loaded, router: Router) -> None:
+        """At once, for all requests that come from now on; those before go on as they began."""
+        config = loaded.config
+        self.router.become(router)
+        self.rules.become(_cache_rules(config))
+        self.admin_key = loaded.secrets.get(config.admin.key_name, "")
+        if self.relay:
+            self.relay.fallback = _relay_upstream(config, router)
+
+
+ADJUSTABLE = web.AppKey("adjustable", Adjustable)
 
 
 def build_app(config: Config, store: RedisStore, router: Router, admin_key: str = "") -> web.Application:
@@ -115,6 +158,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     tally = Tally(store)
     flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally)
     tenants, rules = Tenants(store), _cache_rules(config)
+    adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key)
     questions = Questions(router, store, tenants, rules)
     app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
@@ -125,13 +169,13 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             store,
             questions=questions,
             router=router,
-            models=rule_book(config),
+            models=rules.models,
             purges=purges,
             tally=tally,
             eraser=eraser,
             clock=clock,
         )
-        admin.add_routes(app, about, admin_key)
+        admin.add_routes(app, about, lambda: adjustable.admin_key)
     _add_routes(app, config, store, router)
     app.router.add_get("/readyz", small.readiness(store, running))
 
@@ -203,7 +247,7 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     app.router.add_get("/healthz", small.health(store))
     app.router.add_get("/openapi.json", small.openapi(server.relay_paths, admin=config.admin.is_open))
     app.router.add_get("/", small.root)
-    relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
+    relay = app[ADJUSTABLE].relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
     app.router.add_route("*", "/v1/{path:.*}", relay.handler())
 
 
@@ -244,7 +288,7 @@ def _described(upstream: UpstreamConfig) -> str:
     models = [*upstream.models, *upstream.aliases, *(["any other model"] if upstream.default else [])]
     serves = ", ".join(models) or "no model"
     if isinstance(upstream, OpenAIUpstreamConfig):
-        key = f"key from {upstream.api_key_env}" if upstream.api_key_env else "the caller's own key"
+        key = f"key from {upstream.key_name}" if upstream.key_name else "the caller's own key"
         return f"{upstream.base_url} ({key}) for {serves}"
     if isinstance(upstream, LangChainUpstreamConfig):
         return f"{upstream.target} for {serves}"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gateway import __version__, commands
-from gateway.config import Loaded, load
+from gateway.config import Loaded
 from gateway.errors import CommandFailed, ConfigError
+from gateway.watching import Source
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,15 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(run: Callable[[Loaded], int], options: argparse.Namespace) -> int:
+def _run(run: Callable[[Source, Loaded], int], options: argparse.Namespace) -> int:
     """What needs the configuration in full. Raises `ConfigError`."""
-    loaded = load(options.config, os.environ, _flags(options))
+    source = Source(options.config, os.environ, _flags(options))
+    loaded = source.load()
     logging.basicConfig(level=loaded.config.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
     for library in ("httpx2", "openai", "push_response"):
         logging.getLogger(library).setLevel(logging.WARNING)  # they would tell of every request
     for warning in loaded.warnings:
         _say(f"warning: {warning}")
-    return run(loaded)
+    return run(source, loaded)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -74,10 +76,10 @@ def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {"server": given} if given else {}
 
 
-def _serve(loaded: Loaded) -> int:
-    from gateway.life import serve  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
+def _serve(source: Source, loaded: Loaded) -> int:
+    from gateway.life import serve_alone  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
 
-    _runner()(serve(loaded, _say))
+    _runner()(serve_alone(source, loaded, _say))
     return 0
 
 
@@ -90,7 +92,7 @@ def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
     return uvloop.run
 
 
-def _check(loaded: Loaded) -> int:
+def _check(_: Source, loaded: Loaded) -> int:
     from gateway.app import describe_upstreams, rehearse  # noqa: PLC0415
 
     config = loaded.config

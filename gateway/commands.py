@@ -146,7 +146,7 @@ def _access(options: argparse.Namespace) -> tuple[str, str]:
         server = loaded.config.server
         url = url or _url(server.host, server.port)
         if not variable:
-            variable = loaded.config.admin.key_env
+            variable = loaded.config.admin.key_name
             key = loaded.secrets.get(variable, "") or os.environ.get(variable, "").strip()
     if not variable:
         raise CommandFailed("no admin key: name its variable in [admin] key_env of the configuration, or with --key-env", 2)

@@ -35,6 +35,32 @@ def _is_set(name: str, info: ValidationInfo) -> str:
     return name
 
 
+def _is_readable(path: str, info: ValidationInfo) -> str:
+    if path and info.context is not None:
+        _read_secret(path)
+    return path
+
+
+def _read_secret(path: str) -> str:
+    """Raises `ValueError` in words that show nothing of the path: somebody may have put the secret itself there."""
+    try:
+        secret = Path(path).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"the file that it names cannot be read: {reason}") from None
+    if not secret:
+        raise ValueError("the file that it names is empty")
+    return secret
+
+
+def _not_both(file: str, info: ValidationInfo) -> str:
+    """For the file of a secret that a variable may hold as well, by the same name but for its end."""
+    other = (info.field_name or "").removesuffix("file") + "env"
+    if file and info.data.get(other):
+        raise ValueError(f"{other} is given as well")
+    return file
+
+
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -45,6 +71,8 @@ Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DottedPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
 Variable = Annotated[str, AfterValidator(_is_set)]
 """The name of an environment variable that holds a secret."""
+SecretFile = Annotated[str, AfterValidator(_is_readable)]
+"""The path of a file that holds a secret, and nothing else: unlike a variable it can change while the gateway runs."""
 
 
 class _Section(BaseModel):
@@ -158,10 +186,18 @@ class FlightsConfig(_Section):
 class AdminConfig(_Section):
     enabled: bool = True
     key_env: Variable = ""
+    key_file: SecretFile = ""
+
+    _one_key = field_validator("key_file")(_not_both)
+
+    @property
+    def key_name(self) -> str:
+        """By which `Loaded.secrets` knows the key."""
+        return self.key_env or self.key_file
 
     @property
     def is_open(self) -> bool:
-        return self.enabled and bool(self.key_env)
+        return self.enabled and bool(self.key_name)
 
 
 class ModelConfig(_Section):
@@ -199,11 +235,19 @@ class OpenAIUpstreamConfig(_UpstreamConfig):
     kind: Literal["openai"]
     base_url: str = "https://api.openai.com/v1"
     api_key_env: Variable = ""
+    api_key_file: SecretFile = ""
     stream: bool = True
     ask_usage: bool = True
     connect_timeout_s: Seconds = 5.0
     idle_timeout_s: Seconds = 600.0
     max_connections: Count = 1000
+
+    _one_key = field_validator("api_key_file")(_not_both)
+
+    @property
+    def key_name(self) -> str:
+        """By which `Loaded.secrets` knows the key."""
+        return self.api_key_env or self.api_key_file
 
     @field_validator("base_url")
     @classmethod
@@ -212,7 +256,7 @@ class OpenAIUpstreamConfig(_UpstreamConfig):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must start with http:// or https:// and a host")
         if "@" in parts.netloc:
-            raise ValueError("must not hold a credential: name an environment variable in api_key_env")
+            raise ValueError("must not hold a credential: name what holds it in api_key_env or api_key_file")
         return url.rstrip("/")
 
 
@@ -221,6 +265,7 @@ class LangChainUpstreamConfig(_UpstreamConfig):
     target: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*$")]
     arguments: Annotated[dict[str, Any], Field(repr=False)] = {}
     arguments_env: dict[str, Variable] = {}
+    arguments_file: dict[str, SecretFile] = {}
     dropped_parameters: tuple[str, ...] = ()
 
 
@@ -273,21 +318,33 @@ class Loaded:
 
     config: Config
     secrets: Mapping[str, str] = field(repr=False)
-    """The values of the environment variables that the configuration names, by their names."""
+    """The values of the environment variables that the configuration names, by their names, and of files by their paths."""
     warnings: tuple[str, ...]
     source: str
     cache_dir: Path
     """The user's folder for cached data."""
     proxies: Mapping[str, str] = field(repr=False)
     """The HTTP proxies that the environment prescribes (``HTTPS_PROXY``, ``NO_PROXY`` …), by the upstreams' names."""
+    text: str = field(default="", repr=False)
+    """What is in the file."""
+    secret_files: tuple[Path, ...] = ()
 
 
-def load(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapping[str, Any]] | None = None) -> Loaded:
+def load(
+    path: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    text: str | None = None,
+) -> Loaded:
     """Reads ``path`` (by default ``config.toml``, if there is one), the environment and ``flags`` (by section).
 
-    Raises `ConfigError` with every problem found.
+    ``text`` is what was in the file, where it has been read already. Raises `ConfigError` with every problem found.
     """
-    values, source = _read(path)
+    source = str(path or DEFAULT_PATH)
+    if text is None:
+        text, source = _read(path)
+    values = _parsed(text, source)
     flags = flags or {}
     hidden = {_variable(section, key) for section, keys in flags.items() for key in keys}
     settings = {variable: environ[variable] for variable in _variables() if variable in environ and variable not in hidden}
@@ -300,26 +357,39 @@ def load(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapp
         raise ConfigError(problems + [_problem(detail, settings) for detail in error.errors()]) from None
     if problems:
         raise ConfigError(problems)
-    secrets = {name: environ[name].strip() for name in _secret_names(config) if name}
+    files = [path for path in _secret_files(config) if path]
+    try:
+        secrets = {path: _read_secret(path) for path in files}
+    except ValueError as error:  # it has changed since it was checked
+        raise ConfigError([f"a secret: {error}"]) from None
+    secrets |= {name: environ[name].strip() for name in _secret_names(config) if name}
     # Not an error: Kubernetes puts GATEWAY_SERVICE_HOST and the like there for a service of that name.
     unknown = sorted(
         name for name in environ if name.startswith(PREFIX) and name not in secrets.keys() | _variables().keys()
     )
     warnings = tuple(f"{variable} is set but names no key of the configuration: ignored" for variable in unknown)
     cache_dir = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or ".") / ".cache") / "gateway"
-    return Loaded(config, secrets, warnings, source, cache_dir, _proxies(config, environ))
+    proxies = _proxies(config, environ)
+    return Loaded(config, secrets, warnings, source, cache_dir, proxies, text, tuple(Path(path) for path in files))
 
 
-def _read(path: Path | None) -> tuple[dict[str, Any], str]:
+def _read(path: Path | None) -> tuple[str, str]:
     file = path or DEFAULT_PATH
     try:
-        return tomllib.loads(file.read_text("utf-8")), str(file)
+        return file.read_text("utf-8"), str(file)
     except OSError as error:
         if path is None and isinstance(error, FileNotFoundError):
-            return {}, "defaults"
+            return "", "defaults"
         raise ConfigError([f"{file}: cannot be read: {error.strerror}"]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError([f"{file}: is not TOML: {error}"]) from None
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{source}: is not TOML: {error}"]) from None
 
 
 def _variable(*path: str) -> str:
@@ -437,3 +507,12 @@ def _secret_names(config: Config) -> Iterator[str]:
             yield upstream.api_key_env
         if isinstance(upstream, LangChainUpstreamConfig):
             yield from upstream.arguments_env.values()
+
+
+def _secret_files(config: Config) -> Iterator[str]:
+    yield config.admin.key_file if config.admin.enabled else ""
+    for upstream in config.upstreams:
+        if isinstance(upstream, OpenAIUpstreamConfig):
+            yield upstream.api_key_file
+        if isinstance(upstream, LangChainUpstreamConfig):
+            yield from upstream.arguments_file.values()

@@ -2,16 +2,23 @@
 
 import asyncio
 import gc
+import logging
 import signal
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Protocol
 
-from gateway.app import RUNNER_OPTIONS, RUNNING, SERVICE, announcement, build_app, build_router, open_store
+from gateway.app import ADJUSTABLE, RUNNER_OPTIONS, RUNNING, SERVICE, announcement, build_app, open_store
 from gateway.config import Loaded, ServerConfig
+from gateway.errors import ConfigError
 from gateway.http.edge import Running
 from gateway.http.server import HttpServer
+from gateway.reload import Live
 from gateway.sockets import bind
+from gateway.watching import Source
+
+log = logging.getLogger(__name__)
 
 # A request makes a thousand objects and leaves no cycles behind: by default each would pay for a collection.
 _GC_THRESHOLD = 20_000
@@ -44,6 +51,20 @@ class Stop:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Boss(Protocol):
+    """Who tells a process when to change, and when to end."""
+
+    announce: Callable[[str], None]
+
+    def start(self, stop: Stop) -> None: ...
+
+    def sockets(self, config: ServerConfig) -> list[socket.socket]:
+        """To serve on: they listen already. Raises `OSError`."""
+        ...
+
+    async def obey(self, live: Live) -> None: ...
+
+
 def on_signal(number: int, then: Callable[[], object]) -> None:
     """Calls ``then`` in the running loop whenever that signal comes."""
     loop = asyncio.get_running_loop()
@@ -53,30 +74,80 @@ def on_signal(number: int, then: Callable[[], object]) -> None:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(then))
 
 
-async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
-    """Runs until SIGINT or SIGTERM. Raises `ConfigError`, and `OSError` where it cannot listen."""
+class Alone:
+    """What a process without a supervisor listens to: its signals, and its files."""
+
+    def __init__(self, source: Source, say: Callable[[str], None]) -> None:
+        self._source = source
+        self.announce = say
+        self._reload = asyncio.Event()
+
+    def start(self, stop: Stop) -> None:
+        """From now on signals are understood."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            on_signal(number, stop.ask)
+        if hasattr(signal, "SIGHUP"):
+            on_signal(signal.SIGHUP, self._reload.set)
+
+    def sockets(self, config: ServerConfig) -> list[socket.socket]:
+        return bind(config.host, config.port)
+
+    async def obey(self, live: Live) -> None:
+        """Takes new configurations until it is cancelled."""
+        while True:
+            await self._source.changed(self._reload)
+            try:
+                loaded = self._source.load()
+                tell_of_change(loaded, await live.change(loaded))
+            except ConfigError as error:
+                tell_of_refusal(error.problems)
+
+
+async def serve_alone(source: Source, loaded: Loaded, say: Callable[[str], None]) -> None:
+    """As `serve`, until SIGINT or SIGTERM."""
+    await serve(loaded, Alone(source, say))
+
+
+async def serve(loaded: Loaded, boss: Boss) -> None:
+    """Runs until it is told to end. Raises `ConfigError`, and `OSError` where it cannot listen."""
     config = loaded.config
     stop = Stop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        on_signal(number, stop.ask)
+    boss.start(stop)
     async with AsyncExitStack() as stack:
-        router = build_router(loaded)
-        for upstream in router.upstreams:
-            stack.push_async_callback(upstream.close)
+        live = Live(loaded)
+        stack.push_async_callback(live.close)
         store, store_described = await open_store(stack, loaded)
-        app = build_app(config, store, router, loaded.secrets.get(config.admin.key_env, ""))
+        app = build_app(config, store, live.router, loaded.secrets.get(config.admin.key_name, ""))
+        live.adjustable = app[ADJUSTABLE]
         server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS)
         stack.push_async_callback(server.close)
         await server.open()
-        sockets = bind(config.server.host, config.server.port)
+        sockets = boss.sockets(config.server)
         address = sockets[0].getsockname()
         await server.listen(sockets)
-        announce(announcement(address, config, store_described))
+        boss.announce(announcement(address, config, store_described))
+        obeying = asyncio.create_task(boss.obey(live))
+        stack.push_async_callback(end_task, obeying)
         gc.freeze()  # what is loaded by now stays: the collector need not look at it again
         gc.set_threshold(_GC_THRESHOLD)
         await stop.asked()
         await _drain(server, app[RUNNING], config.server, stop)
         await app[SERVICE].close()
+
+
+def tell_of_change(loaded: Loaded, changed: Sequence[str]) -> None:
+    log.info("%s is read again: %s", loaded.source, f"new: {', '.join(changed)}" if changed else "nothing has changed")
+
+
+def tell_of_refusal(problems: Sequence[str]) -> None:
+    """In the words in which a start is refused."""
+    for problem in problems:
+        log.error("the configuration stays as it was: %s", problem)
+
+
+async def end_task(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _drain(server: HttpServer, running: Running, config: ServerConfig, stop: Stop) -> None:

@@ -37,6 +37,15 @@ class Served:
                 return
         raise AssertionError(f"it ended with code {self.process.wait()}: {self.said}")
 
+    def hear(self, text: str) -> str:
+        """Waits until it says that, and tells the whole line."""
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.said += line
+            if text in line:
+                return line
+        raise AssertionError(f"it ended with code {self.process.wait()}: {self.said}")
+
     def __enter__(self) -> Self:
         return self
 

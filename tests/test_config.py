@@ -24,6 +24,7 @@ SECTIONS = [name for name in Config.model_fields if name not in ("models", "upst
 KEYS = [(section, key) for section in SECTIONS for key in Config.model_fields[section].annotation.model_fields]
 KINDS = [OpenAIUpstreamConfig, LangChainUpstreamConfig, SimulatedUpstreamConfig]
 OTHER_VALUES = {
+    ("admin", "key_file"): __file__,
     ("redis", "url"): "redis://elsewhere:6380/1",
     ("redis", "protocol"): 2,
     ("cache", "scope"): "shared",

@@ -43,6 +43,10 @@ class Router:
             self.default = upstream
             self._default = Route(upstream, "", paths)
 
+    def become(self, other: "Router") -> None:
+        """From now on routes as the other one: for all who hold this one, and at once."""
+        vars(self).update(vars(other))
+
     def route(self, model: str) -> Route:
         """Raises `ModelNotFound`."""
         if found := self._exact.get(model):
