@@ -64,9 +64,8 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
     url, described = config.url, config.shown_url
     client = None
     if url == "embedded":
-        directory = loaded.cache_dir / config.embedded_dir if config.embedded_dir else None
         try:
-            server = await stack.enter_async_context(EmbeddedServer(directory, config.embedded_max_bytes))
+            server = await stack.enter_async_context(EmbeddedServer(loaded.embedded_dir, config.embedded_max_bytes))
             url, described = server.url, f"embedded Valkey ({server.described})"
         except StoreUnavailable as error:
             log.warning("%s. The cache is kept in this process, slowly, and is gone when it ends.", error)

@@ -82,6 +82,7 @@ class _Section(BaseModel):
 class ServerConfig(_Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    workers: Count = 1
     max_body_bytes: Count = 33_554_432
     head_after_s: Seconds = 5.0
     keepalive_s: Seconds = 10.0
@@ -328,6 +329,12 @@ class Loaded:
     text: str = field(default="", repr=False)
     """What is in the file."""
     secret_files: tuple[Path, ...] = ()
+
+    @property
+    def embedded_dir(self) -> Path | None:
+        """Where the embedded server keeps its data, if it does."""
+        name = self.config.redis.embedded_dir
+        return self.cache_dir / name if name else None
 
 
 def load(

@@ -5,16 +5,18 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
 from gateway.app import ADJUSTABLE, RUNNER_OPTIONS, RUNNING, SERVICE, announcement, build_app, open_store
 from gateway.config import Loaded, ServerConfig
 from gateway.errors import ConfigError
 from gateway.http.edge import Running
 from gateway.http.server import HttpServer
-from gateway.reload import Live
+from gateway.live import Live
+from gateway.reload import tell_of_change, tell_of_refusal
+from gateway.signals import Stop, on_signal
 from gateway.sockets import bind
 from gateway.watching import Source
 
@@ -24,37 +26,15 @@ log = logging.getLogger(__name__)
 _GC_THRESHOLD = 20_000
 
 
-class Stop:
-    """Whether the process is to end, and whether what it does may take its time until then."""
-
-    def __init__(self) -> None:
-        self._asked = asyncio.Event()
-        self._hurry = asyncio.Event()
-
-    def ask(self) -> None:
-        """Asks to end; who asks twice does not want to wait for the grace."""
-        if self._asked.is_set():
-            self._hurry.set()
-        self._asked.set()
-
-    async def asked(self) -> None:
-        await self._asked.wait()
-
-    async def wait_for(self, what: Awaitable[Any], within_s: float) -> None:
-        """Waits for it, but no longer than that, and not where there is no time."""
-        tasks = [asyncio.ensure_future(what), asyncio.ensure_future(self._hurry.wait())]
-        try:
-            await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
 class Boss(Protocol):
     """Who tells a process when to change, and when to end."""
 
-    announce: Callable[[str], None]
+    store: str
+    """What it says of the store, where that is its own."""
+
+    def announce(self, text: str) -> None:
+        """It serves now."""
+        ...
 
     def start(self, stop: Stop) -> None: ...
 
@@ -65,29 +45,24 @@ class Boss(Protocol):
     async def obey(self, live: Live) -> None: ...
 
 
-def on_signal(number: int, then: Callable[[], object]) -> None:
-    """Calls ``then`` in the running loop whenever that signal comes."""
-    loop = asyncio.get_running_loop()
-    try:
-        loop.add_signal_handler(number, then)
-    except NotImplementedError:  # Windows
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(then))
-
-
 class Alone:
     """What a process without a supervisor listens to: its signals, and its files."""
 
     def __init__(self, source: Source, say: Callable[[str], None]) -> None:
+        self.store = ""
         self._source = source
-        self.announce = say
+        self._say = say
         self._reload = asyncio.Event()
 
     def start(self, stop: Stop) -> None:
         """From now on signals are understood."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            on_signal(number, stop.ask)
+            on_signal(number, stop.ask_again)
         if hasattr(signal, "SIGHUP"):
             on_signal(signal.SIGHUP, self._reload.set)
+
+    def announce(self, text: str) -> None:
+        self._say(text)
 
     def sockets(self, config: ServerConfig) -> list[socket.socket]:
         return bind(config.host, config.port)
@@ -96,11 +71,11 @@ class Alone:
         """Takes new configurations until it is cancelled."""
         while True:
             await self._source.changed(self._reload)
-            try:
-                loaded = self._source.load()
-                tell_of_change(loaded, await live.change(loaded))
-            except ConfigError as error:
-                tell_of_refusal(error.problems)
+            loaded, changed, problems = await take(live, self._source.load)
+            if loaded:
+                tell_of_change(loaded, changed)
+            else:
+                tell_of_refusal(problems)
 
 
 async def serve_alone(source: Source, loaded: Loaded, say: Callable[[str], None]) -> None:
@@ -125,7 +100,7 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         sockets = boss.sockets(config.server)
         address = sockets[0].getsockname()
         await server.listen(sockets)
-        boss.announce(announcement(address, config, store_described))
+        boss.announce(announcement(address, config, boss.store or store_described))
         obeying = asyncio.create_task(boss.obey(live))
         stack.push_async_callback(end_task, obeying)
         gc.freeze()  # what is loaded by now stays: the collector need not look at it again
@@ -135,14 +110,16 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         await app[SERVICE].close()
 
 
-def tell_of_change(loaded: Loaded, changed: Sequence[str]) -> None:
-    log.info("%s is read again: %s", loaded.source, f"new: {', '.join(changed)}" if changed else "nothing has changed")
-
-
-def tell_of_refusal(problems: Sequence[str]) -> None:
-    """In the words in which a start is refused."""
-    for problem in problems:
-        log.error("the configuration stays as it was: %s", problem)
+async def take(live: Live, read: Callable[[], Loaded]) -> tuple[Loaded | None, list[str], list[str]]:
+    """Takes a new configuration: that, what is different, and if it is not taken, why not."""
+    try:
+        loaded = read()
+        return loaded, await live.change(loaded), []
+    except ConfigError as error:
+        return None, [], error.problems
+    except Exception:  # a bug of ours must not keep the next one from being read
+        log.exception("the configuration could not be taken")
+        return None, [], ["the gateway failed to take it"]
 
 
 async def end_task(task: "asyncio.Task[None]") -> None:

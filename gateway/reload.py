@@ -1,13 +1,12 @@
-"""A new configuration for a gateway that runs: all of it or nothing, and no stream is dropped for it."""
+"""What of a configuration may change while the gateway runs, and what is said of it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from gateway.app import Adjustable, build_upstreams
 from gateway.config import Config, Loaded
 from gateway.errors import ConfigError
-from gateway.upstreams.leased import Leased
-from gateway.upstreams.router import Router
+
+log = logging.getLogger(__name__)
 
 _FREE_KEYS = {"log": ("level",), "admin": ("key_env", "key_file")}
 # What keys and stored answers are made with, and how turns are taken, begins with the process.
@@ -35,38 +34,19 @@ def _is_free(section: str, key: str) -> bool:
     return key in _FREE_KEYS.get(section, ())
 
 
-class Live:
-    """The upstreams of a running gateway, and all else that follows its configuration."""
+def changes(old: Loaded, new: Loaded) -> list[str]:
+    """What is different, by dotted paths. Raises `ConfigError` where it may not be."""
+    found = list(differences(old.config, new.config))
+    if fixed := [path for path, free in found if not free]:
+        raise ConfigError([f"{path}: cannot change while the gateway runs: restart it" for path in fixed])
+    return [path for path, _ in found] + (["secrets"] if old.secrets != new.secrets else [])
 
-    def __init__(self, loaded: Loaded) -> None:
-        """Raises `ConfigError`."""
-        upstreams = build_upstreams(loaded)
-        self.router = Router(upstreams)
-        self.adjustable: Adjustable | None = None
-        self._loaded = loaded
-        self._upstreams = [upstream for _, upstream in upstreams]
-        self._dismissed: list[Leased] = []
 
-    async def change(self, loaded: Loaded) -> list[str]:
-        """Takes the new configuration, and tells what is different. Raises `ConfigError`; then the old one stays."""
-        found = list(differences(self._loaded.config, loaded.config))
-        if fixed := [path for path, free in found if not free]:
-            raise ConfigError([f"{path}: cannot change while the gateway runs: restart it" for path in fixed])
-        upstreams = build_upstreams(loaded, self._upstreams)
-        if self.adjustable:
-            self.adjustable.adjust(loaded, Router(upstreams))
-        logging.getLogger().setLevel(loaded.config.log.level.upper())
-        changed = [path for path, _ in found]
-        if loaded.secrets != self._loaded.secrets:
-            changed.append("secrets")
-        self._loaded = loaded
-        before, self._upstreams = self._upstreams, [upstream for _, upstream in upstreams]
-        gone = [upstream for upstream in before if upstream not in self._upstreams]
-        self._dismissed = [upstream for upstream in (*self._dismissed, *gone) if upstream.is_open]
-        for upstream in gone:
-            await upstream.dismiss()
-        return changed
+def tell_of_change(loaded: Loaded, changed: Sequence[str]) -> None:
+    log.info("%s is read again: %s", loaded.source, f"new: {', '.join(changed)}" if changed else "nothing has changed")
 
-    async def close(self) -> None:
-        for upstream in (*self._upstreams, *self._dismissed):
-            await upstream.close()
+
+def tell_of_refusal(problems: Sequence[str]) -> None:
+    """In the words in which a start is refused."""
+    for problem in problems:
+        log.error("the configuration stays as it was: %s", problem)

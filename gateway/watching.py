@@ -25,10 +25,10 @@ class Source:
         self._seen: dict[Path, Stamp] = {self._file: None}
         """The files as they were before they were last read."""
 
-    def load(self) -> Loaded:
-        """Reads everything anew. Raises `ConfigError`."""
+    def load(self, text: str | None = None) -> Loaded:
+        """Reads everything anew, but for a file whose ``text`` is known. Raises `ConfigError`."""
         self._seen = self._stamps()
-        loaded = load(self._path, self._environ, self._flags)
+        loaded = load(self._path, self._environ, self._flags, text=text)
         if self._is_there and loaded.source == "defaults":
             raise ConfigError([f"{self._file}: is gone"])
         self._is_there = loaded.source != "defaults"

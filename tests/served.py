@@ -60,6 +60,12 @@ class Served:
         pid = self.process.pid
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
+    @property
+    def workers(self) -> list[int]:
+        """The processes that serve, where there are several."""
+        commands = {child: Path(f"/proc/{child}/cmdline") for child in self.children}
+        return [child for child, command in commands.items() if b"--worker\0" in command.read_bytes()]
+
     def chat(self, content: str = "hi") -> tuple[str, Any]:
         """The ``Cache-Status`` and the body."""
         body = {"model": "simulated", "messages": [{"role": "user", "content": content}], "max_tokens": 2}

@@ -16,8 +16,9 @@ from served import Served
 from gateway import watching
 from gateway.config import Config, load
 from gateway.errors import ConfigError
+from gateway.live import Live
 from gateway.ports import Answer
-from gateway.reload import Live, differences
+from gateway.reload import differences
 from gateway.upstreams.leased import Leased
 from gateway.watching import Source
 
