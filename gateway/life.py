@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Protocol
 
 from gateway.app import ADJUSTABLE, RUNNER_OPTIONS, RUNNING, SERVICE, announcement, build_app, open_store
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # A request makes a thousand objects and leaves no cycles behind: by default each would pay for a collection.
 _GC_THRESHOLD = 20_000
+_LAST_ANSWERS_S = 1.0
 
 
 class Boss(Protocol):
@@ -106,8 +107,13 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         gc.freeze()  # what is loaded by now stays: the collector need not look at it again
         gc.set_threshold(_GC_THRESHOLD)
         await stop.asked()
-        await _drain(server, app[RUNNING], config.server, stop)
+        in_time = await _drains(server, app[RUNNING], config.server, stop)
         await app[SERVICE].close()
+        if not in_time:
+            # Callers are told, also those who have a connection and are about to ask.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_ANSWERS_S):
+                    await server.ended()
 
 
 async def take(live: Live, read: Callable[[], Loaded]) -> tuple[Loaded | None, list[str], list[str]]:
@@ -127,11 +133,12 @@ async def end_task(task: "asyncio.Task[None]") -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def _drain(server: HttpServer, running: Running, config: ServerConfig, stop: Stop) -> None:
-    """Says that it is not ready, then takes no more connections, and lets running answers end within the grace."""
+async def _drains(server: HttpServer, running: Running, config: ServerConfig, stop: Stop) -> bool:
+    """Says that it is not ready, then takes no more connections; whether all that runs ends within the grace."""
     running.draining = True
     if config.shutdown_delay_s:
         await stop.wait_for(asyncio.sleep(config.shutdown_delay_s), config.shutdown_delay_s)
     await server.stop_listening()
-    await stop.wait_for(server.ended(), config.shutdown_grace_s)
+    in_time = await stop.wait_for(server.ended(), config.shutdown_grace_s)
     running.over = True
+    return in_time and await stop.wait_for(running.ended(), config.shutdown_grace_s)  # somebody may have come just then

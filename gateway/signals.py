@@ -40,11 +40,12 @@ class Stop:
     async def urgent(self) -> None:
         await self._hurry.wait()
 
-    async def wait_for(self, what: Awaitable[Any], within_s: float) -> None:
-        """Waits for it, but no longer than that, and not where there is no time."""
+    async def wait_for(self, what: Awaitable[Any], within_s: float) -> bool:
+        """Waits for it, but no longer than that, and not where there is no time; tells whether it came."""
         tasks = [asyncio.ensure_future(what), asyncio.ensure_future(self._hurry.wait())]
         try:
-            await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+            return tasks[0] in done
         finally:
             for task in tasks:
                 task.cancel()
