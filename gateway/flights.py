@@ -145,6 +145,11 @@ class Flights:
 
         What has been said to its end is stored first, if the store does not take long.
         """
+        # A claim that is cancelled may reach the store after all, and nobody would give it back.
+        claiming = [flight.resolved() for flight in self._tasks if flight.name and flight.resolution is None]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await asyncio.gather(*claiming)
         storing = [task for flight, task in self._tasks.items() if flight.outcome]
         tasks = [*self._tasks.values(), *self._checks.values()]
         for task in tasks:
