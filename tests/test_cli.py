@@ -80,7 +80,8 @@ def test_help_names_the_commands_and_their_flags(capsys):
     assert "check" in text
     assert exit_code("serve", "--help") == 0
     text = capsys.readouterr().out
-    assert all(flag in text for flag in ("--config", "--host", "--port"))
+    assert all(flag in text for flag in ("--config", "--host", "--port", "--workers"))
+    assert "--worker " not in text
 
 
 @pytest.mark.parametrize("arguments", [(), ("fly",), ("serve", "--fast"), ("serve", "--port", "http"), ("--port", "1")])

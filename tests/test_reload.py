@@ -23,7 +23,7 @@ from gateway.upstreams.leased import Leased
 from gateway.watching import Source
 
 PATIENCE_S = 15.0
-SIMULATED = '[[upstreams]]\nname = "other"\nkind = "simulated"\nttft_s = 0.0\nmodels = ["model-2"]\n'
+SIMULATED = '[[upstreams]]\nname = "other"\nkind = "simulated"\nttft_s = 0.0\ntokens_per_s = 5000.0\nmodels = ["model-2"]\n'
 
 
 def scripted(upstream: ScriptedUpstream, *lines: str) -> str:
@@ -233,8 +233,8 @@ async def test_a_file_that_is_still_being_written_is_not_read_yet(source, tmp_pa
 
 
 async def test_a_file_that_changes_while_it_is_read_is_read_again(source, tmp_path, monkeypatch):
-    def load_slowly(*arguments):
-        loaded = load(*arguments)
+    def load_slowly(*arguments, **more):
+        loaded = load(*arguments, **more)
         (tmp_path / "config.toml").write_text("[cache]\nttl_s = 300\n")
         return loaded
 

@@ -126,7 +126,6 @@ async def test_a_rolling_restart_loses_no_stream(shared_redis, session, tmp_path
                 await asyncio.to_thread(fleet.restart, place)
                 while balancer.streams < before + CALLERS:
                     await asyncio.sleep(0.01)
-                print(place, balancer.streams, asyncio.get_running_loop().time())
             over.set()
         # What the callers got is what is kept: whole, and of one piece.
         for content, events in answers.items():

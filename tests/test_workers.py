@@ -34,7 +34,7 @@ by_then = partial(until, within_s=PATIENCE_S)
 Start = Callable[..., Awaitable[Served]]
 
 
-@pytest.fixture(params=["uvloop", "asyncio"])
+@pytest.fixture(params=["uvloop", pytest.param("asyncio", marks=pytest.mark.slow)])
 def loop_environ(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """The environment of a process with that kind of event loop."""
     if request.param == "uvloop":
@@ -220,6 +220,7 @@ async def test_a_supervisor_that_is_told_to_end_has_its_workers_finish_what_they
     assert all(gone(worker) for worker in workers)
 
 
+@pytest.mark.slow
 async def test_after_the_grace_streams_end_with_the_advice_to_resume(start, session, upstream):
     served = await start(server_shutdown_grace_s="0.2")
     upstream.script = says_hello
@@ -244,6 +245,7 @@ async def test_workers_end_when_their_supervisor_is_killed_and_say_so_to_their_c
     assert is_refused(served)
 
 
+@pytest.mark.slow
 async def test_a_worker_that_is_told_to_end_finishes_what_it_serves_and_is_replaced(start, session, upstream):
     served = await start(server_shutdown_grace_s=LONG_S)
     upstream.script = says_hello
