@@ -1,34 +1,19 @@
 """The composition root: the only file that names concrete classes together."""
 
-import asyncio
-import dataclasses
-import gc
 import logging
-import random
 import secrets
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 from aiohttp import web
 
 from gateway.admin import Admin
-from gateway.config import (
-    FALLBACK_UPSTREAM,
-    Config,
-    LangChainUpstreamConfig,
-    Loaded,
-    OpenAIUpstreamConfig,
-    UpstreamConfig,
-)
+from gateway.config import Config, LangChainUpstreamConfig, Loaded, OpenAIUpstreamConfig, UpstreamConfig
 from gateway.core.apis import APIS
-from gateway.core.balancing import EjectionRules
-from gateway.core.policy import ModelRules, RuleBook
-from gateway.core.retrying import RetryBudget
 from gateway.eraser import Eraser
-from gateway.errors import ConfigError, ModelNotFound, StoreUnavailable
+from gateway.errors import StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
 from gateway.http.relay import Relay
@@ -44,9 +29,7 @@ from gateway.store.in_process import in_process_redis
 from gateway.store.redis import RedisStore, connect
 from gateway.streams import Streams
 from gateway.tally import Tally
-from gateway.upstreams.asking import AskingTerms, Target
-from gateway.upstreams.pool import Deployment, Pool
-from gateway.upstreams.resilient import Resilient
+from gateway.upstreams.fleet import assemble
 from gateway.upstreams.router import Router
 
 log = logging.getLogger(__name__)
@@ -61,10 +44,6 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "logger": edge.server_log,
     "keepalive_timeout": 75.0,
 }
-_BACKLOG = 4096
-# A request makes a thousand objects and leaves no cycles behind: by default each would pay for a collection.
-_GC_THRESHOLD = 20_000
-_LAST_WORDS_S = 2.0
 
 
 class SystemClock:
@@ -80,9 +59,8 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
     url, described = config.url, config.shown_url
     client = None
     if url == "embedded":
-        directory = loaded.cache_dir / config.embedded_dir if config.embedded_dir else None
         try:
-            server = await stack.enter_async_context(EmbeddedServer(directory, config.embedded_max_bytes))
+            server = await stack.enter_async_context(EmbeddedServer(loaded.embedded_dir, config.embedded_max_bytes))
             url, described = server.url, f"embedded Valkey ({server.described})"
         except StoreUnavailable as error:
             log.warning("%s. The cache is kept in this process, slowly, and is gone when it ends.", error)
@@ -100,68 +78,26 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
     return await stack.enter_async_context(store), described
 
 
-def build_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
-    """Each kind is imported only where it is configured: LangChain must cost a plain start nothing."""
-    if isinstance(config, OpenAIUpstreamConfig):
-        from gateway.upstreams.openai import OpenAIUpstream  # noqa: PLC0415
+class Adjustable:
+    """What in a running application follows the configuration."""
 
-        keys = [loaded.secrets[name] for name in config.key_names]
-        return OpenAIUpstream(config, keys, loaded.proxies.get(config.name))
-    if isinstance(config, LangChainUpstreamConfig):
-        from gateway.upstreams.langchain import LangChainUpstream  # noqa: PLC0415
+    def __init__(self, router: Router, rules: CacheRules, admin_key: str) -> None:
+        self.router = router
+        self.rules = rules
+        self.admin_key = admin_key
+        self.relay: Relay | None = None
 
-        return LangChainUpstream(config, loaded.secrets)
-    from gateway.upstreams.simulated import SimulatedUpstream  # noqa: PLC0415
-
-    return SimulatedUpstream(config)
-
-
-def build_router(loaded: Loaded) -> Router:
-    """Raises `ConfigError` where an upstream cannot be made, or a fallback means none."""
-    config, clock, draw = loaded.config, SystemClock(), random.Random().random  # noqa: S311  # it spreads load
-    configs = config.upstreams or (FALLBACK_UPSTREAM,)
-    ejection = EjectionRules(**dict(config.ejection))
-    groups: dict[str, list[Deployment]] = {}
-    for each in configs:
-        deployment = Deployment(each, build_upstream(each, loaded), ejection, clock)
-        groups.setdefault(each.group_name, []).append(deployment)
-    terms = AskingTerms(
-        rule_book(config), config.retries, config.flights.first_byte_timeout_s, config.flights.total_timeout_s, clock, draw
-    )
-    pools = {}
-    for name, deployments in groups.items():
-        budget = RetryBudget(config.retries.budget, config.retries.min_per_s, clock.monotonic())
-        pools[name] = Pool(name, deployments, budget, draw)
-
-    def fallback(name: str) -> Target:
-        route = router.fallback(name)
-        return Target(pools[route.upstream.name], route.model)
-
-    resilient = {name: Resilient(pool, terms, fallback) for name, pool in pools.items()}
-    router = Router([(each, resilient[each.group_name]) for each in configs])
-    if problems := list(_wrong_fallbacks(config, router)):
-        raise ConfigError(problems)
-    return router
+    def adjust(self, loaded: Loaded, router: Router) -> None:
+        """At once, for all requests that come from now on; those before go on as they began."""
+        config = loaded.config
+        self.router.become(router)
+        self.rules.become(_cache_rules(config))
+        self.admin_key = loaded.secrets.get(config.admin.key_name, "")
+        if self.relay:
+            self.relay.fallback = _relay_upstream(config, router)
 
 
-def _wrong_fallbacks(config: Config, router: Router) -> Iterator[str]:
-    for place, model in enumerate(config.models):
-        for name in model.fallbacks or ():
-            try:
-                upstream = router.fallback(name).upstream
-            except ModelNotFound:
-                yield f"models.{place}.fallbacks: no upstream serves {name!r}"
-                continue
-            # A caller's credential is for the upstream that it has asked.
-            if upstream.passes_credential and any(_may_ask(router, pattern) is not upstream for pattern in model.names):
-                yield f"models.{place}.fallbacks: {upstream.name!r} has no key of its own to stand in with"
-
-
-def _may_ask(router: Router, name: str) -> Upstream | None:
-    try:
-        return router.route(name).upstream
-    except ModelNotFound:
-        return None
+ADJUSTABLE = web.AppKey("adjustable", Adjustable)
 
 
 def build_app(config: Config, store: RedisStore, router: Router, admin_key: str = "") -> web.Application:
@@ -177,6 +113,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     tally = Tally(store)
     flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally)
     tenants, rules = Tenants(store), _cache_rules(config)
+    adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key)
     questions = Questions(router, store, tenants, rules)
     app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
@@ -187,14 +124,15 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             store,
             questions=questions,
             router=router,
-            models=rule_book(config),
+            models=rules.models,
             purges=purges,
             tally=tally,
             eraser=eraser,
             clock=clock,
         )
-        admin.add_routes(app, about, admin_key)
+        admin.add_routes(app, about, lambda: adjustable.admin_key)
     _add_routes(app, config, store, router)
+    app.router.add_get("/readyz", small.readiness(store, running))
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
         await purges.open()
@@ -216,22 +154,11 @@ def _cache_rules(config: Config) -> CacheRules:
         ignored_paths=cache.ignored_paths,
         fresh_identity=config.replay.identity == "fresh",
         pace=config.replay.as_pace(),
-        models=rule_book(config),
+        models=config.rule_book(),
         keep_requests=cache.keep_requests,
         sample_order=cache.sample_order,
         sample_seed=cache.sample_seed,
     )
-
-
-def rule_book(config: Config) -> RuleBook:
-    """The rules of ``[cache]`` and of ``[[models]]``."""
-    names = {field.name for field in dataclasses.fields(ModelRules)}
-    cached = {name: value for name, value in config.cache if name in names}
-    default = ModelRules(**cached, retries=config.retries.max_retries)
-    models = [(model.names, dict(model)) for model in config.models]
-    if not config.cache.enabled:
-        models = [(names, {**rules, "enabled": False}) for names, rules in models]
-    return RuleBook(default, models)
 
 
 def _flight_rules(config: Config) -> Rules:
@@ -267,7 +194,7 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     app.router.add_get("/healthz", small.health(store))
     app.router.add_get("/openapi.json", small.openapi(server.relay_paths, admin=config.admin.is_open))
     app.router.add_get("/", small.root)
-    relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
+    relay = app[ADJUSTABLE].relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
     app.router.add_route("*", "/v1/{path:.*}", relay.handler())
 
 
@@ -282,56 +209,15 @@ def _relay_upstream(config: Config, router: Router) -> Upstream | None:
 
 async def rehearse(loaded: Loaded) -> None:
     """Makes all that `serve` would make of the configuration, and opens none of it. Raises `ConfigError`."""
-    router = build_router(loaded)
+    fleet = assemble(loaded, SystemClock())
     if loaded.config.redis.url != "embedded":
         await connect(loaded.config.redis, loaded.config.redis.url).aclose()
-    for upstream in router.upstreams:
-        await upstream.close()
+    await fleet.close()
 
 
-def _on_signals(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(number, stop.set)
-        except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-
-
-async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
-    """Runs until SIGINT or SIGTERM. Raises `ConfigError`, and `OSError` where it cannot listen."""
-    config = loaded.config
-    stop = asyncio.Event()
-    _on_signals(stop)
-    async with AsyncExitStack() as stack:
-        router = build_router(loaded)
-        for upstream in router.upstreams:
-            stack.push_async_callback(upstream.close)
-        store, store_described = await open_store(stack, loaded)
-        app = build_app(config, store, router, loaded.secrets.get(config.admin.key_env, ""))
-        runner = web.AppRunner(app, shutdown_timeout=_LAST_WORDS_S, **RUNNER_OPTIONS)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=_BACKLOG)
-        await site.start()
-        announce(_announcement(runner, config, store_described))
-        gc.freeze()  # what is loaded by now stays: the collector need not look at it again
-        gc.set_threshold(_GC_THRESHOLD)
-        await stop.wait()
-        await _drain(site, app[RUNNING], config.server.shutdown_grace_s)
-        await app[SERVICE].close()
-
-
-async def _drain(site: web.TCPSite, running: edge.Running, grace_s: float) -> None:
-    """Takes no more connections, and lets running answers end within the grace."""
-    await site.stop()
-    with suppress(TimeoutError):
-        async with asyncio.timeout(grace_s):
-            await running.ended()
-
-
-def _announcement(runner: web.AppRunner, config: Config, store: str) -> str:
-    host, port = next(iter(runner.addresses))[:2]
+def announcement(address: Any, config: Config, store: str) -> str:
+    """Where it listens, where it keeps what, and whom it asks."""
+    host, port = address[:2]
     base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     cache = f"cache: {store if config.cache.enabled else 'off'}"
     administration = ["admin: on at /admin/"] if config.admin.is_open else []
@@ -349,7 +235,7 @@ def _described(upstream: UpstreamConfig) -> str:
     models = [*upstream.models, *upstream.aliases, *(["any other model"] if upstream.default else [])]
     serves = (", ".join(models) or "no model") + (f", in the group {upstream.group}" if upstream.group else "")
     if isinstance(upstream, OpenAIUpstreamConfig):
-        key = f"key from {', '.join(upstream.key_names)}" if upstream.key_names else "the caller's own key"
+        key = f"key from {', '.join(upstream.secret_names)}" if upstream.secret_names else "the caller's own key"
         return f"{upstream.base_url} ({key}) for {serves}"
     if isinstance(upstream, LangChainUpstreamConfig):
         return f"{upstream.target} for {serves}"

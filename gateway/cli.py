@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gateway import __version__, commands
-from gateway.config import Loaded, load
+from gateway.config import Loaded
 from gateway.errors import CommandFailed, ConfigError
+from gateway.watching import Source
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,36 +49,62 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="check the configuration", description="Checks the configuration and prints what would run."
     )
     for command, run in ((serve, _serve), (check, _check)):
-        command.set_defaults(run=partial(_run, run))
+        command.set_defaults(run=partial(_run, run), workers=None, worker=None)
         command.add_argument(
             "--config", type=Path, metavar="FILE", help="the configuration (default: config.toml, if there is one here)"
         )
         command.add_argument("--host", help="the address to listen on, instead of [server] host")
         command.add_argument("--port", type=int, help="the port to listen on, instead of [server] port; 0: a free one")
+    serve.add_argument("--workers", type=int, help="how many processes serve, instead of [server] workers")
+    serve.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a supervisor's: the file descriptor to hear it on
     commands.add_parsers(known)
     return parser
 
 
-def _run(run: Callable[[Loaded], int], options: argparse.Namespace) -> int:
+def _run(run: Callable[[Source, Loaded], int], options: argparse.Namespace) -> int:
     """What needs the configuration in full. Raises `ConfigError`."""
-    loaded = load(options.config, os.environ, _flags(options))
+    if options.worker is not None:
+        return _work(options)
+    source = Source(options.config, os.environ, _flags(options))
+    loaded = source.load()
+    _log_as(loaded)
+    for warning in loaded.warnings:
+        _say(f"warning: {warning}")
+    return run(source, loaded)
+
+
+def _log_as(loaded: Loaded) -> None:
     logging.basicConfig(level=loaded.config.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
     for library in ("httpx2", "openai", "push_response"):
         logging.getLogger(library).setLevel(logging.WARNING)  # they would tell of every request
-    for warning in loaded.warnings:
-        _say(f"warning: {warning}")
-    return run(loaded)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    given = {name: getattr(options, name) for name in ("host", "port") if getattr(options, name) is not None}
+    names = ("host", "port", "workers")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return {"server": given} if given else {}
 
 
-def _serve(loaded: Loaded) -> int:
-    from gateway.app import serve  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
+def _work(options: argparse.Namespace) -> int:
+    """One of several processes that serve. What the configuration warns of, its supervisor has said."""
+    from gateway.life import serve  # noqa: PLC0415
+    from gateway.worker import Employed  # noqa: PLC0415
 
-    _runner()(serve(loaded, _say))
+    employed = Employed(options.worker, options.config, os.environ, _flags(options))
+    _log_as(employed.loaded)
+    _runner()(serve(employed.loaded, employed))
+    return 0
+
+
+def _serve(source: Source, loaded: Loaded) -> int:
+    if loaded.config.server.workers > 1:
+        from gateway.supervisor import supervise  # noqa: PLC0415
+
+        if (code := asyncio.run(supervise(source, loaded, _say))) is not None:
+            return code
+    from gateway.life import serve_alone  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
+
+    _runner()(serve_alone(source, loaded, _say))
     return 0
 
 
@@ -90,7 +117,7 @@ def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
     return uvloop.run
 
 
-def _check(loaded: Loaded) -> int:
+def _check(_: Source, loaded: Loaded) -> int:
     from gateway.app import describe_upstreams, rehearse  # noqa: PLC0415
 
     config = loaded.config

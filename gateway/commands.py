@@ -145,15 +145,21 @@ def _run(command: Command, options: argparse.Namespace) -> int:
 
 def _access(options: argparse.Namespace) -> tuple[str, str]:
     """The gateway's address and its admin key. The configuration is read only for what the command line leaves open."""
-    url, variable = options.url, options.key_env
-    if not (url and variable):
+    url, name, file = options.url, options.key_env, ""
+    secrets: Mapping[str, str] = os.environ
+    if not (url and name):
         # The secrets of the upstreams are the gateway's business.
-        config = load(options.config, os.environ, secrets_needed=False).config
-        url = url or _url(config.server.host, config.server.port)
-        variable = variable or config.admin.key_env
-    if not variable:
+        loaded = load(options.config, os.environ, secrets_needed=False)
+        server, admin = loaded.config.server, loaded.config.admin
+        url = url or _url(server.host, server.port)
+        if not name:
+            name, file = admin.key_name, admin.key_file
+            secrets = {**os.environ, **loaded.secrets}
+    if not name:
         raise CommandFailed("no admin key: name its variable in [admin] key_env of the configuration, or with --key-env", 2)
-    key = os.environ.get(variable, "").strip()
+    key = secrets.get(name, "").strip()
+    if not key and file:
+        raise CommandFailed("no admin key: the file that [admin] key_file names cannot be read, or is empty", 2)
     if not key:
         raise CommandFailed("no admin key: the variable that --key-env or [admin] key_env names is not set", 2)
     if not key.isprintable():

@@ -5,8 +5,8 @@ the file, then the defaults here. No message and no ``repr`` shows a value that 
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from gateway.core.key import MAX_SAMPLES
 from gateway.core.pacing import Pace, PaceKind
+from gateway.core.policy import ModelRules, RuleBook
 from gateway.errors import ConfigError
 
 WhenAbandoned = Literal["finish", "cancel", "finish_if_cacheable"]
@@ -35,6 +36,32 @@ def _is_set(name: str, info: ValidationInfo) -> str:
     return name
 
 
+def _is_readable(path: str, info: ValidationInfo) -> str:
+    if path and info.context is not None:
+        _read_secret(path)
+    return path
+
+
+def _read_secret(path: str) -> str:
+    """Raises `ValueError` in words that show nothing of the path: somebody may have put the secret itself there."""
+    try:
+        secret = Path(path).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"the file that it names cannot be read: {reason}") from None
+    if not secret:
+        raise ValueError("the file that it names is empty")
+    return secret
+
+
+def _not_both(file: str, info: ValidationInfo) -> str:
+    """For the file of a secret that a variable may hold as well, by the same name but for its end."""
+    other = (info.field_name or "").removesuffix("file") + "env"
+    if file and info.data.get(other):
+        raise ValueError(f"{other} is given as well")
+    return file
+
+
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -46,6 +73,8 @@ Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DottedPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
 Variable = Annotated[str, AfterValidator(_is_set)]
 """The name of an environment variable that holds a secret."""
+SecretFile = Annotated[str, AfterValidator(_is_readable)]
+"""The path of a file that holds a secret, and nothing else: unlike a variable it can change while the gateway runs."""
 
 
 class _Section(BaseModel):
@@ -55,10 +84,12 @@ class _Section(BaseModel):
 class ServerConfig(_Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    workers: Count = 1
     max_body_bytes: Count = 33_554_432
     head_after_s: Seconds = 5.0
     keepalive_s: Seconds = 10.0
     write_timeout_s: Seconds = 60.0
+    shutdown_delay_s: SecondsOrZero = 0.0
     shutdown_grace_s: SecondsOrZero = 7.0
     relay_paths: tuple[Annotated[str, Field(pattern=r"^[^/\s]\S*$")], ...] = ("embeddings", "moderations")
     relay_upstream: str = ""
@@ -177,10 +208,18 @@ class EjectionConfig(_Section):
 class AdminConfig(_Section):
     enabled: bool = True
     key_env: Variable = ""
+    key_file: SecretFile = ""
+
+    _one_key = field_validator("key_file")(_not_both)
+
+    @property
+    def key_name(self) -> str:
+        """By which `Loaded.secrets` knows the key."""
+        return self.key_env or self.key_file
 
     @property
     def is_open(self) -> bool:
-        return self.enabled and bool(self.key_env)
+        return self.enabled and bool(self.key_name)
 
 
 class ModelConfig(_Section):
@@ -230,6 +269,11 @@ class _UpstreamConfig(_Section):
         return self.group or self.name
 
     @property
+    def secret_names(self) -> tuple[str, ...]:
+        """By which `Loaded.secrets` knows what it needs: variables, and paths of files."""
+        return ()
+
+    @property
     def passes_credential(self) -> bool:
         """Whether the caller's own credential goes there."""
         return False
@@ -240,19 +284,22 @@ class OpenAIUpstreamConfig(_UpstreamConfig):
     base_url: str = "https://api.openai.com/v1"
     api_key_env: Variable = ""
     api_key_envs: tuple[Variable, ...] = ()
+    api_key_file: SecretFile = ""
     stream: bool = True
     ask_usage: bool = True
     connect_timeout_s: Seconds = 5.0
     idle_timeout_s: Seconds = 600.0
 
+    _one_key = field_validator("api_key_file")(_not_both)
+
     @property
-    def key_names(self) -> tuple[str, ...]:
-        """The variables that hold its keys, each once."""
-        return tuple(dict.fromkeys(name for name in (self.api_key_env, *self.api_key_envs) if name))
+    def secret_names(self) -> tuple[str, ...]:
+        """Its keys, each once, in the order in which they serve."""
+        return tuple(dict.fromkeys(name for name in (self.api_key_env, self.api_key_file, *self.api_key_envs) if name))
 
     @property
     def passes_credential(self) -> bool:
-        return not self.key_names
+        return not self.secret_names
 
     @field_validator("base_url")
     @classmethod
@@ -261,7 +308,7 @@ class OpenAIUpstreamConfig(_UpstreamConfig):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must start with http:// or https:// and a host")
         if "@" in parts.netloc:
-            raise ValueError("must not hold a credential: name an environment variable in api_key_env")
+            raise ValueError("must not hold a credential: name what holds it in api_key_env or api_key_file")
         return url.rstrip("/")
 
 
@@ -270,7 +317,12 @@ class LangChainUpstreamConfig(_UpstreamConfig):
     target: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*$")]
     arguments: Annotated[dict[str, Any], Field(repr=False)] = {}
     arguments_env: dict[str, Variable] = {}
+    arguments_file: dict[str, SecretFile] = {}
     dropped_parameters: tuple[str, ...] = ()
+
+    @property
+    def secret_names(self) -> tuple[str, ...]:
+        return (*self.arguments_env.values(), *self.arguments_file.values())
 
 
 class SimulatedUpstreamConfig(_UpstreamConfig):
@@ -303,6 +355,16 @@ class Config(_Section):
     log: LogConfig = LogConfig()
     models: tuple[ModelConfig, ...] = ()
     upstreams: Annotated[tuple[UpstreamConfig, ...], Field(validate_default=True)] = ()
+
+    def rule_book(self) -> RuleBook:
+        """The rules of ``[cache]`` and of ``[[models]]``."""
+        names = {field.name for field in fields(ModelRules)}
+        cached = {name: value for name, value in self.cache if name in names}
+        default = ModelRules(**cached, retries=self.retries.max_retries)
+        models = [(model.names, dict(model)) for model in self.models]
+        if not self.cache.enabled:
+            models = [(names, {**rules, "enabled": False}) for names, rules in models]
+        return RuleBook(default, models)
 
     @field_validator("upstreams")
     @classmethod
@@ -342,13 +404,22 @@ class Loaded:
 
     config: Config
     secrets: Mapping[str, str] = field(repr=False)
-    """The values of the environment variables that the configuration names, by their names."""
+    """The values of the environment variables that the configuration names, by their names, and of files by their paths."""
     warnings: tuple[str, ...]
     source: str
     cache_dir: Path
     """The user's folder for cached data."""
     proxies: Mapping[str, str] = field(repr=False)
     """The HTTP proxies that the environment prescribes (``HTTPS_PROXY``, ``NO_PROXY`` …), by the upstreams' names."""
+    text: str = field(default="", repr=False)
+    """What is in the file."""
+    secret_files: tuple[Path, ...] = ()
+
+    @property
+    def embedded_dir(self) -> Path | None:
+        """Where the embedded server keeps its data, if it does."""
+        name = self.config.redis.embedded_dir
+        return self.cache_dir / name if name else None
 
 
 def load(
@@ -356,13 +427,18 @@ def load(
     environ: Mapping[str, str],
     flags: Mapping[str, Mapping[str, Any]] | None = None,
     *,
+    text: str | None = None,
     secrets_needed: bool = True,
 ) -> Loaded:
     """Reads ``path`` (by default ``config.toml``, if there is one), the environment and ``flags`` (by section).
 
-    ``secrets_needed``: whether the secrets that it names must be there. Raises `ConfigError` with every problem found.
+    ``text`` is what was in the file, where it has been read already; ``secrets_needed``: whether the secrets that it names
+    must be there. Raises `ConfigError` with every problem found.
     """
-    values, source = _read(path)
+    source = str(path or DEFAULT_PATH)
+    if text is None:
+        text, source = _read(path)
+    values = _parsed(text, source)
     flags = flags or {}
     hidden = {_variable(section, key) for section, keys in flags.items() for key in keys}
     settings = {variable: environ[variable] for variable in _variables() if variable in environ and variable not in hidden}
@@ -375,26 +451,36 @@ def load(
         raise ConfigError(problems + [_problem(detail, settings) for detail in error.errors()]) from None
     if problems:
         raise ConfigError(problems)
-    secrets = {name: environ[name].strip() for name in _secret_names(config) if name in environ}
+    files = [path for path in _secret_files(config) if path]
+    secrets = {name: environ[name].strip() for name in _secret_variables(config) if name in environ}
+    secrets |= _read_secrets(files, needed=secrets_needed)
     # Not an error: Kubernetes puts GATEWAY_SERVICE_HOST and the like there for a service of that name.
     unknown = sorted(
         name for name in environ if name.startswith(PREFIX) and name not in secrets.keys() | _variables().keys()
     )
     warnings = tuple(f"{variable} is set but names no key of the configuration: ignored" for variable in unknown)
     cache_dir = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or ".") / ".cache") / "gateway"
-    return Loaded(config, secrets, warnings, source, cache_dir, _proxies(config, environ))
+    proxies = _proxies(config, environ)
+    return Loaded(config, secrets, warnings, source, cache_dir, proxies, text, tuple(Path(path) for path in files))
 
 
-def _read(path: Path | None) -> tuple[dict[str, Any], str]:
+def _read(path: Path | None) -> tuple[str, str]:
     file = path or DEFAULT_PATH
     try:
-        return tomllib.loads(file.read_text("utf-8")), str(file)
+        return file.read_text("utf-8"), str(file)
     except OSError as error:
         if path is None and isinstance(error, FileNotFoundError):
-            return {}, "defaults"
+            return "", "defaults"
         raise ConfigError([f"{file}: cannot be read: {error.strerror}"]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError([f"{file}: is not TOML: {error}"]) from None
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{source}: is not TOML: {error}"]) from None
 
 
 def _variable(*path: str) -> str:
@@ -504,11 +590,31 @@ def _proxies(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _secret_names(config: Config) -> Iterator[str]:
+def _secret_variables(config: Config) -> Iterator[str]:
     yield config.cache.key_secret_env
     yield config.admin.key_env if config.admin.enabled else ""
     for upstream in config.upstreams:
-        if isinstance(upstream, OpenAIUpstreamConfig):
-            yield from upstream.key_names
-        if isinstance(upstream, LangChainUpstreamConfig):
-            yield from upstream.arguments_env.values()
+        yield from set(upstream.secret_names) - set(_files_of(upstream))
+
+
+def _secret_files(config: Config) -> Iterator[str]:
+    yield config.admin.key_file if config.admin.enabled else ""
+    for upstream in config.upstreams:
+        yield from _files_of(upstream)
+
+
+def _files_of(upstream: UpstreamConfig) -> Iterable[str]:
+    if isinstance(upstream, OpenAIUpstreamConfig):
+        return (upstream.api_key_file,)
+    return upstream.arguments_file.values() if isinstance(upstream, LangChainUpstreamConfig) else ()
+
+
+def _read_secrets(files: Iterable[str], *, needed: bool) -> dict[str, str]:
+    secrets = {}
+    for path in files:
+        try:
+            secrets[path] = _read_secret(path)
+        except ValueError as error:  # it has changed since it was checked, or nobody needs it
+            if needed:
+                raise ConfigError([f"a secret: {error}"]) from None
+    return secrets

@@ -146,10 +146,24 @@ class Flights:
         return shared.listeners if shared else 0
 
     async def close(self) -> None:
-        """Ends every flight: its readers are told that the gateway is shutting down, other replicas that they may go on."""
+        """Ends every flight: its readers are told that the gateway is shutting down, other replicas that they may go on.
+
+        What has been said to its end is stored first, if the store does not take long.
+        """
+        # A claim that is cancelled may reach the store after all, and nobody would give it back.
+        claiming = [flight.resolved() for flight in self._tasks if flight.name and flight.resolution is None]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await asyncio.gather(*claiming)
+        storing = [task for flight, task in self._tasks.items() if flight.outcome]
         tasks = [*self._tasks.values(), *self._checks.values()]
         for task in tasks:
-            task.cancel()
+            if task not in storing:
+                task.cancel()
+        if storing:
+            _, late = await asyncio.wait(storing, timeout=_LAST_WORDS_S)
+            for task in late:
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._sharing.close()
 
@@ -180,6 +194,8 @@ class Flights:
         except GatewayError as error:
             flight.close(Failed(error))
         except asyncio.CancelledError:
+            if flight not in self._endings:
+                await self._hand_over(flight)  # before its readers are told, who then resume elsewhere at once
             flight.close(self._endings.get(flight) or Failed(ShuttingDown(_CLOSING)))
         except Exception:  # a bug of ours, or of an upstream's library: no reader may wait for ever because of it
             log.exception("what drives %r broke", flight)
@@ -296,18 +312,26 @@ class Flights:
         log.info("going on with %r, whose replica is gone", flight)
         return Continuation(parse_chunk(frame.payload) for frame in flight.frames)
 
+    async def _hand_over(self, flight: Flight) -> None:
+        """Leaves a flight that is only interrupted, and all that is known of it, to the other replicas."""
+        shared = self._shared.pop(flight, None)
+        try:
+            async with asyncio.timeout(_LAST_WORDS_S):
+                if shared and not shared.fenced:
+                    await self._sharing.release(shared)
+                elif flight.name:  # which may have been claimed, or taken over, just now
+                    await self._store.release(flight.name, self._sharing.writer(flight.run))
+        except (StoreError, TimeoutError) as error:
+            log.debug("%r is not handed over: %s", flight, error)
+
     async def _end_log(self, flight: Flight) -> None:
-        """Tells the other replicas how it ended; a flight that was only interrupted is left to them."""
+        """Tells the other replicas how it ended."""
         shared = self._shared.pop(flight, None)
         if shared is None or shared.fenced or flight.outcome is None:
             return
         try:
-            if isinstance(flight.error, ShuttingDown):
-                async with asyncio.timeout(_LAST_WORDS_S):
-                    await self._sharing.release(shared)
-            else:
-                await self._sharing.finish(shared, flight.outcome)
-        except (StoreError, TimeoutError) as error:
+            await self._sharing.finish(shared, flight.outcome)
+        except StoreError as error:
             log.debug("the end of %r is not shared: %s", flight, error)
 
     # Where nobody reads

@@ -1,7 +1,7 @@
 """What a request comes down to: where it goes, whose it is, its key, and the plan of a call for its answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -45,9 +45,9 @@ class Router(Protocol):
     def route(self, model: str) -> Route: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CacheRules:
-    """What the configuration says of the cache as a whole."""
+    """What the configuration says of the cache as a whole, as it is now."""
 
     shared: bool
     ignored_paths: tuple[str, ...]
@@ -57,6 +57,13 @@ class CacheRules:
     keep_requests: bool = True
     sample_order: Literal["turn", "random"] = "turn"
     sample_seed: int = 0
+
+    def become(self, other: "CacheRules") -> None:
+        """From now on says what the other one says."""
+        self.models.become(other.models)
+        for field in fields(self):
+            if field.name != "models":
+                setattr(self, field.name, getattr(other, field.name))
 
 
 class Request(NamedTuple):

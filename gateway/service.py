@@ -113,7 +113,7 @@ class Service:
     async def close(self) -> None:
         """Ends all running answers with an error that their callers are told."""
         for reader in list(self.replays):
-            reader.cut(ShuttingDown("The gateway is shutting down; ask again."))
+            reader.cut(ShuttingDown("The gateway is shutting down; resume this stream, or ask again."))
         for watch in self._watches.values():
             watch.cancel()
         await asyncio.gather(*self._watches.values(), return_exceptions=True)

@@ -18,11 +18,12 @@ from aiohttp import web
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from gateway.app import RUNNER_OPTIONS, SERVICE, build_app, build_router, open_store
+from gateway.app import RUNNER_OPTIONS, SERVICE, SystemClock, build_app, open_store
 from gateway.errors import StoreUnavailable
 from gateway.service import Service
 from gateway.store.embedded import server_binary
 from gateway.store.redis import RedisStore
+from gateway.upstreams.fleet import assemble
 
 
 def find_redis() -> str | None:
@@ -242,12 +243,11 @@ class Got:
 
 
 async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
-    """The application as `gateway.app.serve` runs it, but for its signals."""
-    router = build_router(loaded)
-    for each in router.upstreams:
-        stack.push_async_callback(each.close)
+    """The application as `gateway.life.serve` runs it, but for its signals."""
+    fleet = assemble(loaded, SystemClock())
+    stack.push_async_callback(fleet.close)
     store, _ = await open_store(stack, loaded)
-    app = build_app(loaded.config, store, router, loaded.secrets.get(loaded.config.admin.key_env, ""))
+    app = build_app(loaded.config, store, fleet.router, loaded.secrets.get(loaded.config.admin.key_name, ""))
     runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, Self
 
 PROGRAM = (sys.executable, "-m", "gateway")
+# The tree that the tests are in is what they test, wherever the environment has one installed from.
+ENVIRON = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 class Served:
     """``gateway serve`` in ``directory``, started and announced; without ``wait`` it has yet to `announce` itself."""
 
     def __init__(self, directory: Path, *arguments: str, wait: bool = True, **environ: str) -> None:
-        environ = {"PATH": os.environ["PATH"], "HOME": str(directory), "TMPDIR": str(directory), **environ}
+        environ = {**ENVIRON, "HOME": str(directory), "TMPDIR": str(directory), **environ}
         command = [*PROGRAM, "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, cwd=directory, env=environ, stderr=subprocess.PIPE, text=True)
         self.said = ""
@@ -35,6 +37,15 @@ class Served:
                 return
         raise AssertionError(f"it ended with code {self.process.wait()}: {self.said}")
 
+    def hear(self, text: str) -> str:
+        """Waits until it says that, and tells the whole line."""
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.said += line
+            if text in line:
+                return line
+        raise AssertionError(f"it ended with code {self.process.wait()}: {self.said}")
+
     def __enter__(self) -> Self:
         return self
 
@@ -48,6 +59,12 @@ class Served:
     def children(self) -> list[int]:
         pid = self.process.pid
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    @property
+    def workers(self) -> list[int]:
+        """The processes that serve, where there are several."""
+        commands = {child: Path(f"/proc/{child}/cmdline") for child in self.children}
+        return [child for child, command in commands.items() if b"--worker\0" in command.read_bytes()]
 
     def chat(self, content: str = "hi") -> tuple[str, Any]:
         """The ``Cache-Status`` and the body."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from served import PROGRAM, Served
+from served import ENVIRON, PROGRAM, Served
 
 from gateway import __version__
 from gateway.cli import main
@@ -50,7 +50,7 @@ def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    environ = {"PATH": os.environ["PATH"], "HOME": str(Path.cwd()), **environ}
+    environ = {**ENVIRON, "HOME": str(Path.cwd()), **environ}
     return subprocess.run([*PROGRAM, *arguments], env=environ, capture_output=True, text=True, timeout=30, check=False)
 
 
@@ -80,7 +80,8 @@ def test_help_names_the_commands_and_their_flags(capsys):
     assert "check" in text
     assert exit_code("serve", "--help") == 0
     text = capsys.readouterr().out
-    assert all(flag in text for flag in ("--config", "--host", "--port"))
+    assert all(flag in text for flag in ("--config", "--host", "--port", "--workers"))
+    assert "--worker " not in text
 
 
 @pytest.mark.parametrize("arguments", [(), ("fly",), ("serve", "--fast"), ("serve", "--port", "http"), ("--port", "1")])

@@ -24,6 +24,7 @@ SECTIONS = [name for name in Config.model_fields if name not in ("models", "upst
 KEYS = [(section, key) for section in SECTIONS for key in Config.model_fields[section].annotation.model_fields]
 KINDS = [OpenAIUpstreamConfig, LangChainUpstreamConfig, SimulatedUpstreamConfig]
 OTHER_VALUES = {
+    ("admin", "key_file"): __file__,
     ("redis", "url"): "redis://elsewhere:6380/1",
     ("redis", "protocol"): 2,
     ("cache", "scope"): "shared",
@@ -352,7 +353,7 @@ def test_upstreams_of_one_group_must_agree():
 def test_each_key_of_an_upstream_is_a_secret_that_must_be_there():
     keyed = OPENAI | {"api_key_env": "KEY_A", "api_key_envs": ["KEY_B", "KEY_A"]}
     loaded = load(None, {"GATEWAY_UPSTREAMS": json.dumps([keyed]), "KEY_A": "a", "KEY_B": "b"})
-    assert loaded.config.upstreams[0].key_names == ("KEY_A", "KEY_B")
+    assert loaded.config.upstreams[0].secret_names == ("KEY_A", "KEY_B")
     assert loaded.secrets == {"KEY_A": "a", "KEY_B": "b"}
     assert "KEY_B is not set" in upstreams_problems(keyed, KEY_A="a")[0]
 

@@ -977,6 +977,58 @@ async def test_a_caller_of_a_leader_that_shut_down_goes_on_elsewhere(replicas):
     assert (text_of(stream), envelopes(stream)) == ("Hello world", FIRST_ENVELOPE)
 
 
+async def test_the_callers_of_a_leader_that_shuts_down_are_told_when_others_can_go_on_and_not_before(replicas, monkeypatch):
+    a, _, _ = replicas.start()
+    first = await a.open()
+    await a.asked()
+    told: list[object] = []
+    release = a.store.release
+
+    async def watched(*arguments: Any) -> None:
+        told.append(first.reader.error)
+        await release(*arguments)
+        told.append(first.reader.error)
+
+    monkeypatch.setattr(a.store, "release", watched)
+    await a.service.close()
+    assert told == [None, None]
+    assert isinstance(first.reader.error, ShuttingDown)
+
+
+async def test_an_answer_that_is_complete_is_stored_though_its_replica_shuts_down(replicas):
+    a, b, _ = replicas.start()
+    a.store.write_gate = asyncio.Event()
+    first = await a.open()
+    await a.asked()
+    a.upstream.say(OPENING, HELLO, STOP, DONE)
+    assert text_of(await whole_stream(first)) == "Hello"
+    closing = asyncio.create_task(a.service.close())
+    await some_turns()
+    a.store.write_gate.set()
+    await closing
+    assert replicas.is_idle
+    assert (await b.open()).disposition.kind == "hit"
+
+
+async def test_a_claim_that_reaches_the_store_while_its_replica_shuts_down_is_given_back(replicas, monkeypatch):
+    a, b, _ = replicas.start()
+    a.store.claim_gate = asyncio.Event()
+    claim = a.store.claim
+    # To give a command up is not to take it back.
+    monkeypatch.setattr(a.store, "claim", lambda *args, **more: asyncio.shield(claim(*args, **more)))
+    opening = asyncio.create_task(a.open())
+    await come(lambda: a.store.claims)
+    closing = asyncio.create_task(a.service.close())
+    await some_turns()
+    a.store.claim_gate.set()
+    await closing
+    await some_turns()
+    assert replicas.is_idle
+    assert b"shutting_down" in await whole_stream(await opening)
+    await b.open()
+    await b.asked()
+
+
 MINE = {"authorization": "Bearer mine", "x-client-request-id": "first", "cookie": "no"}
 MINE_AGAIN = {"authorization": "Bearer mine", "x-client-request-id": "second", "cookie": "no"}
 

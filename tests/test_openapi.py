@@ -75,6 +75,7 @@ def test_the_document_lists_what_is_served():
         "GET /",
         "GET /healthz",
         "GET /openapi.json",
+        "GET /readyz",
         "GET /v1/models",
         "GET /v1/models/{model}",
         "GET /v1/streams/{id}",

@@ -11,9 +11,10 @@ from openai import AsyncOpenAI
 from running import next_block
 from scripted import ScriptedUpstream, chunk, say_hello, stream
 
-from gateway.app import build_router
+from gateway.app import SystemClock
 from gateway.config import load
 from gateway.errors import ConfigError, UpstreamBusy
+from gateway.upstreams.fleet import assemble
 from gateway.upstreams.slots import Slots
 
 MODES = pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
@@ -434,7 +435,7 @@ def test_fallbacks_must_be_served_and_by_somebody_with_a_key(tmp_path, monkeypat
     models = [{"names": ["a-1"], "fallbacks": ["a-2", "nobody", "b-1", "c/x"]}]
     environ = {"GATEWAY_UPSTREAMS": json.dumps(upstreams), "GATEWAY_MODELS": json.dumps(models)}
     with pytest.raises(ConfigError) as raised:
-        build_router(load(None, environ))
+        assemble(load(None, environ), SystemClock())
     assert raised.value.problems == [
         "models.0.fallbacks: no upstream serves 'nobody'",
         "models.0.fallbacks: 'b' has no key of its own to stand in with",

@@ -226,6 +226,10 @@ class RuleBook:
         self._models = models
         self._known: dict[tuple[str, ...], ModelRules] = {}
 
+    def become(self, other: "RuleBook") -> None:
+        """From now on says what the other one says."""
+        vars(self).update(vars(other))
+
     def of(self, *names: str) -> ModelRules:
         """The rules of a model by any of its names."""
         rules = self._known.get(names)

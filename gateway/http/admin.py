@@ -44,8 +44,8 @@ _SERVED = (
 )
 
 
-def add_routes(app: web.Application, admin: Admin, key: str) -> None:
-    """Serves everything below ``/admin/`` to whoever shows ``key``, and 401 to all others."""
+def add_routes(app: web.Application, admin: Admin, key: Callable[[], str]) -> None:
+    """Serves everything below ``/admin/`` to whoever shows the ``key`` of that moment, and 401 to all others."""
     handlers = _Handlers(admin)
     served: list[Handler] = [
         handlers.root,
@@ -67,13 +67,12 @@ def add_routes(app: web.Application, admin: Admin, key: str) -> None:
         app.router.add_route("*", path, _guarded(_unserved(allowed), key))
 
 
-def _guarded(handler: Handler, key: str) -> Handler:
+def _guarded(handler: Handler, key: Callable[[], str]) -> Handler:
     """The handler behind the key. What it answers is for no cache."""
-    expected = key.encode()
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
-            _check_key(request.headers.get("Authorization", ""), expected)
+            _check_key(request.headers.get("Authorization", ""), key().encode())
             response = await handler(request)
         except GatewayError as error:
             error.headers |= _NO_STORE

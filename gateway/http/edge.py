@@ -12,7 +12,15 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
 
 from gateway.core.policy import NOT_FORWARDED, only_detail
-from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest, MethodNotAllowed, PathNotFound, UpstreamRefused
+from gateway.errors import (
+    BodyTooLarge,
+    GatewayError,
+    InvalidRequest,
+    MethodNotAllowed,
+    PathNotFound,
+    ShuttingDown,
+    UpstreamRefused,
+)
 from gateway.observe import RequestDetails, Sink
 from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS
@@ -44,10 +52,16 @@ server_log.addFilter(_told_in_full)
 class Exchange:
     """What is known of one request while it is served."""
 
-    __slots__ = ("began", "cache_status", "caller_id", "error", "head_sent", "left", "model", "request_id", "upstream")
+    __slots__ = (
+        "began", "cache_status", "caller_id", "closes", "error", "head_sent", "left", "model", "request_id", "running",
+        "upstream",
+    )  # fmt: skip
 
-    def __init__(self, request: web.Request, own_id: int) -> None:
+    def __init__(self, request: web.Request, own_id: int, running: "Running") -> None:
         self.began = time.perf_counter()
+        self.running = running
+        self.closes = False
+        """Whether the caller was told that its connection ends with this answer."""
         given = request.headers.get("X-Request-Id", "")
         self.caller_id = given if _SANE_ID.fullmatch(given) else ""
         self.request_id = self.caller_id or f"req_{own_id:024x}"
@@ -61,16 +75,24 @@ class Exchange:
             self.request_id = upstream_id
 
     def headers(self) -> dict[str, str]:
-        return {"X-Request-Id": self.request_id, "Cache-Status": self.cache_status, "Server": "gateway"}
+        headers = {"X-Request-Id": self.request_id, "Cache-Status": self.cache_status, "Server": "gateway"}
+        if self.running.draining:
+            self.closes = True
+            headers["Connection"] = "close"
+        return headers
 
 
 EXCHANGE: web.RequestKey[Exchange] = web.RequestKey("exchange", Exchange)
 
 
 class Running:
-    """How many requests are being served."""
+    """How many requests are being served, and whether more are wanted."""
 
     def __init__(self) -> None:
+        self.draining = False
+        """The process is to end: what comes is served, but whoever can ask another one should."""
+        self.over = False
+        """The time for that is over: what comes is refused."""
         self._count = 0
         self._none = asyncio.Event()
         self._none.set()
@@ -95,12 +117,14 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
 
     @web.middleware
     async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
-        exchange = request[EXCHANGE] = Exchange(request, draw.getrandbits(96))
+        exchange = request[EXCHANGE] = Exchange(request, draw.getrandbits(96), running)
         status, sent = _CLIENT_CLOSED, 0
         running.begin()
         try:
             response = await _answer(request, handler, exchange)
             status, sent = (_CLIENT_CLOSED if exchange.left else response.status), _bytes_sent(response)
+            if exchange.closes:
+                response.force_close()
             return response
         finally:
             running.end()
@@ -124,8 +148,7 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
 
 async def _answer(request: web.Request, handler: Handler, exchange: Exchange) -> web.StreamResponse:
     try:
-        if request.path.startswith("/v1/"):
-            _check_credential(request)
+        _admit(request, exchange.running)
         response = await handler(request)
     except GatewayError as error:
         if error.detail:
@@ -144,8 +167,13 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
     return response
 
 
-def _check_credential(request: web.Request) -> None:
-    """HTTP lets any bytes through (RFC 9110 5.5), but no client of an upstream's does, and no credential has them."""
+def _admit(request: web.Request, running: Running) -> None:
+    """Raises `GatewayError` where a request cannot be served whatever it asks for."""
+    if running.over:
+        raise ShuttingDown("The gateway is shutting down; ask again.", headers={"Retry-After": "1"})
+    if not request.path.startswith("/v1/"):
+        return
+    # HTTP lets any bytes through (RFC 9110 5.5), but no client of an upstream's does, and no credential has them.
     for name in CREDENTIAL_HEADERS:
         if not request.headers.get(name, "").isascii():
             raise InvalidRequest(f"Invalid value for the header '{name}': only ASCII can be passed on.", param=name)

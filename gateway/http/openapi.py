@@ -66,6 +66,7 @@ def _served(version: str, relay_paths: Iterable[str]) -> Json:
             },
             **{f"/v1/{path}": {"post": _relayed(path)} for path in relay_paths},
             "/healthz": {"get": _get("health", "The process is up.", "Health", 405)},
+            "/readyz": {"get": _readiness()},
             "/openapi.json": {"get": _get("openapi", "This document.", "AnyObject", 405)},
             "/": {"get": _text("root", "What this is, in a few words.")},
         },
@@ -159,6 +160,14 @@ def _get(operation: str, summary: str, schema: str, *errors: int) -> Json:
             **_errors(*errors),
         },
     }
+
+
+def _readiness() -> Json:
+    """Not ready is said in the same words as ready."""
+    found = _get("readiness", "The process wants requests. It can serve them without the store.", "Readiness", 405)
+    draining = {**found["responses"]["200"], "description": "The process is ending: send requests to another one."}
+    found["responses"]["503"] = draining
+    return found
 
 
 def _text(operation: str, summary: str) -> Json:
@@ -339,6 +348,9 @@ def _schemas() -> Json:
             *("id", "object", "state", "frames", "age_s", "readers", "cancelled"),
         ),
         "Health": _object({"status": {"const": "ok"}, "store": {"enum": ["ok", "unavailable"]}}, "status"),
+        "Readiness": _object(
+            {"status": {"enum": ["ready", "draining"]}, "store": {"enum": ["ok", "unavailable"]}}, "status", "store"
+        ),
         "Error": _object({"error": _ref("schemas", "ErrorObject")}, "error"),
         "ErrorObject": _object(
             {

@@ -20,7 +20,8 @@ class Relay:
 
     def __init__(self, router: Router, fallback: Upstream | None, paths: Sequence[str], own: dict[str, list[str]]) -> None:
         self._router = router
-        self._fallback = fallback
+        self.fallback = fallback
+        """Where requests go that name no model."""
         self._paths = tuple(path.strip("/") for path in paths)
         self._own = own
 
@@ -46,13 +47,13 @@ class Relay:
 
     async def _destination(self, request: web.Request) -> tuple[Upstream | None, AsyncIterator[bytes] | bytes | None]:
         if not request.can_read_body:
-            return self._fallback, None
+            return self.fallback, None
         if not is_json(request.headers.get("Content-Type", "")):
-            return self._fallback, request.content.iter_any()
+            return self.fallback, request.content.iter_any()
         body = await read_json(request)
         model = body.get("model") if isinstance(body, dict) else None
         if model is None:
-            return self._fallback, await request.read()
+            return self.fallback, await request.read()
         if not isinstance(model, str):
             raise InvalidRequest("Invalid type for 'model': expected a string.", param="model")
         route = self._router.route(model)

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from gateway import __version__
 from gateway.errors import ModelNotFound, UpstreamError
+from gateway.http.edge import Running
 from gateway.http.openapi import document
 from gateway.ports import Store, Upstream
 from gateway.questions import CREDENTIAL_HEADERS
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _ROOT = f"""LLM streaming gateway {__version__}
 OpenAI's API is served at /v1: point a client's base_url there.
-The API's description is at /openapi.json, health at /healthz.
+The API's description is at /openapi.json, health at /healthz and /readyz.
 """
 
 
@@ -79,9 +80,22 @@ class Models:
 def health(store: Store) -> Any:
     async def handle(request: web.Request) -> web.Response:  # noqa: ARG001
         """The process lives; the store's state is said, but is no reason to be restarted."""
-        return web.json_response({"status": "ok", "store": "ok" if store.available else "unavailable"})
+        return web.json_response({"status": "ok", "store": _state(store)})
 
     return handle
+
+
+def readiness(store: Store, running: Running) -> Any:
+    async def handle(request: web.Request) -> web.Response:  # noqa: ARG001
+        """Whether to send requests here. Without the store they go through, so its state is no reason not to."""
+        status, code = ("draining", 503) if running.draining else ("ready", 200)
+        return web.json_response({"status": status, "store": _state(store)}, status=code)
+
+    return handle
+
+
+def _state(store: Store) -> str:
+    return "ok" if store.available else "unavailable"
 
 
 async def root(request: web.Request) -> web.Response:  # noqa: ARG001

@@ -255,7 +255,7 @@ def _secret_arguments(config: LangChainUpstreamConfig, secrets: Mapping[str, str
         raise ConfigError(
             [f"{at}.{argument}: the environment variable {name} is not set" for argument, name in missing.items()]
         )
-    return {argument: secrets[name] for argument, name in config.arguments_env.items()}
+    return {argument: secrets[name] for argument, name in (config.arguments_env | config.arguments_file).items()}
 
 
 def _target(target: str, at: str) -> Callable[..., Any]:

@@ -8,7 +8,8 @@ from gateway.config import UpstreamConfig
 from gateway.core.balancing import Candidate, EjectionRules, Health, choose
 from gateway.core.retrying import RetryBudget, Verdict, judge
 from gateway.errors import GatewayError
-from gateway.ports import Clock, Upstream
+from gateway.ports import Clock
+from gateway.upstreams.leased import Leased
 from gateway.upstreams.router import own_names
 from gateway.upstreams.slots import Slot, Slots
 
@@ -36,7 +37,7 @@ class Running:
 class Deployment:
     """One ``[[upstreams]]`` entry."""
 
-    def __init__(self, config: UpstreamConfig, upstream: Upstream, rules: EjectionRules, clock: Clock) -> None:
+    def __init__(self, config: UpstreamConfig, upstream: Leased, rules: EjectionRules, clock: Clock) -> None:
         self.name = config.name
         self.upstream = upstream
         self.slots = Slots(config.max_concurrent_calls, config.max_queued_calls, config.queue_timeout_s)

@@ -49,6 +49,10 @@ class Router:
         names = set(own_names(configs, name).values())
         return Route(upstream, names.pop() if len(names) == 1 else name, configs[0].ignored_paths)
 
+    def become(self, other: "Router") -> None:
+        """From now on routes as the other one: for all who hold this one, and at once."""
+        vars(self).update(vars(other))
+
     def route(self, model: str) -> Route:
         """Raises `ModelNotFound`."""
         if found := self._exact.get(model):

@@ -1,0 +1,266 @@
+"""Several workers on one port: who owns the port, and the embedded server, and sees to it that the workers live.
+
+It serves nobody itself, so it loads little. The listening sockets are its own: a connection that waits in one is not
+lost with a worker, but taken by another.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from itertools import count
+from typing import Self
+
+from gateway.channel import Channel, Message
+from gateway.config import Loaded
+from gateway.errors import ConfigError, StoreUnavailable
+from gateway.reload import changes, tell_of_change, tell_of_refusal
+from gateway.signals import Stop, on_signal
+from gateway.sockets import bind
+from gateway.store.embedded import EmbeddedServer
+from gateway.watching import Source
+
+log = logging.getLogger(__name__)
+
+# A worker that has served for so long did not die of its start.
+_STEADY_S = 10.0
+_FIRST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 15.0
+_ANSWER_WITHIN_S = 30.0
+# How much longer than the grace workers may take to end.
+_LAST_WORDS_S = 8.0
+
+
+async def supervise(source: Source, loaded: Loaded, say: Callable[[str], None]) -> int | None:
+    """Runs until SIGINT or SIGTERM, and tells the exit code; None where workers would have no store to share.
+
+    Raises `ConfigError`, and `OSError` where it cannot listen.
+    """
+    config = loaded.config
+    if sys.platform == "win32":
+        raise ConfigError(["server.workers: sockets are not handed on to other processes on Windows: only 1 works there"])
+    async with AsyncExitStack() as stack:
+        stop = Stop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            on_signal(number, stop.ask_again)
+        sockets = bind(config.server.host, config.server.port)
+        for sock in sockets:
+            stack.callback(sock.close)
+        url = store = ""
+        if config.redis.url == "embedded":
+            try:
+                server = EmbeddedServer(loaded.embedded_dir, config.redis.embedded_max_bytes)
+                await stack.enter_async_context(server)
+            except StoreUnavailable as error:
+                log.warning("%s. Workers would have no cache to share, so only one serves.", error)
+                return None
+            url, store = server.url, f"embedded Valkey ({server.described})"
+        return await Supervisor(source, loaded, sockets, (url, store), stop, say).run()
+
+
+def pause_s(failures: int) -> float:
+    """How long to wait before another worker is started, after so many in a row that did not live long."""
+    return min(_FIRST_PAUSE_S * 2 ** (failures - 2), _LONGEST_PAUSE_S) if failures > 1 else 0.0
+
+
+class Worker:
+    """A worker as its supervisor knows it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, channel: Channel, loaded: Loaded) -> None:
+        self.process = process
+        self.loaded = loaded
+        """The configuration that it has."""
+        self.serves = asyncio.Event()
+        self.announced = ""
+        self._channel = channel
+        self._numbers = count()
+        self._answers: dict[int, asyncio.Future[list[str] | None]] = {}
+        self._hearing = asyncio.create_task(self._hear())
+
+    @classmethod
+    async def start(cls, loaded: Loaded, listening: list[socket.socket], url: str, store: str) -> Self:
+        """The same command again, with the same interpreter, environment and flags, and one flag more."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            descriptors = [sock.fileno() for sock in listening]
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *sys.orig_argv[1:],
+                "--worker",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(), *descriptors),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal is for the supervisor, which then ends its workers
+            )
+        worker = cls(process, await Channel.over(ours), loaded)
+        worker.send({"listening": descriptors, "url": url, "store": store, "text": loaded.text})
+        return worker
+
+    def send(self, message: Message) -> None:
+        self._channel.send(message)
+
+    async def ended(self) -> int:
+        """Returns its exit code, once it has one."""
+        code = await self.process.wait()
+        self._channel.close()
+        await self._hearing
+        return code
+
+    async def take(self, loaded: Loaded) -> list[str] | None:
+        """Has it take another configuration, and tells what is wrong with that; None where it is gone, or hangs."""
+        number = next(self._numbers)
+        answer: asyncio.Future[list[str] | None] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        self.send({"text": loaded.text, "number": number})  # one that has yet to start reads it when it has
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ANSWER_WITHIN_S):
+                return await answer
+        return None
+
+    async def _hear(self) -> None:
+        while (message := await self._channel.receive()) is not None:
+            if "serves" in message:
+                self.announced = message["serves"]
+                self.serves.set()
+            elif (answer := self._answers.pop(message["number"], None)) and not answer.done():
+                answer.set_result(message["problems"])
+        for answer in self._answers.values():
+            answer.set_result(None)
+
+
+class Supervisor:
+    """Keeps as many workers as are configured, and passes on what it is told."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  # all that is the supervisor's own
+        self,
+        source: Source,
+        loaded: Loaded,
+        sockets: list[socket.socket],
+        store: tuple[str, str],
+        stop: Stop,
+        say: Callable[[str], None],
+    ) -> None:
+        self._source = source
+        self._loaded = loaded
+        self._sockets = sockets
+        self._store = store
+        self._stop = stop
+        self._say = say
+        self._workers: dict[int, Worker] = {}
+        """By their places."""
+        self._up = False
+        """Whether all have served at a time: who does not after that is worth another try."""
+        self._code = 0
+
+    async def run(self) -> int:
+        """Returns the exit code when it was told to end and all workers have, or when one cannot be started."""
+        reload = asyncio.Event()
+        on_signal(signal.SIGHUP, reload.set)
+        keepers: list[asyncio.Task[None]] = []
+        helpers = [asyncio.create_task(self._start(keepers)), asyncio.create_task(self._watch(reload))]
+        await self._stop.asked()
+        for task in helpers:
+            task.cancel()
+        await asyncio.gather(*helpers, return_exceptions=True)
+        await self._end(keepers)
+        return self._code
+
+    # Workers
+
+    async def _start(self, keepers: list["asyncio.Task[None]"]) -> None:
+        for place in range(self._loaded.config.server.workers):
+            worker = await self._hire(place)
+            keepers.append(asyncio.create_task(self._keep(place, worker)))
+            if place == 0:
+                await worker.serves.wait()  # what is wrong is told once, and not by all of them
+        for worker in self._workers.values():
+            await worker.serves.wait()
+        self._up = True
+        where, _, rest = self._workers[0].announced.partition("\n")
+        self._say(f"{where}\nworkers: {len(keepers)}\n{rest}")
+
+    async def _hire(self, place: int) -> Worker:
+        worker = self._workers[place] = await Worker.start(self._loaded, self._sockets, *self._store)
+        if self._stop.is_asked:
+            worker.send({"stop": "now"})
+        return worker
+
+    async def _keep(self, place: int, worker: Worker) -> None:
+        """One worker after the other, until the supervisor ends."""
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            began_s = loop.time()
+            code = await worker.ended()
+            if self._stop.is_asked:
+                return
+            if not (self._up or worker.serves.is_set()):
+                self._code = code if code > 0 else 128 - code
+                self._stop.hurry()
+                return
+            log.warning("worker %d has ended (%s): another one takes its place", worker.process.pid, _how(code))
+            failures = 0 if loop.time() - began_s > _STEADY_S else failures + 1
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s(failures)):
+                    await self._stop.asked()
+                    return
+            worker = await self._hire(place)
+
+    async def _end(self, keepers: list["asyncio.Task[None]"]) -> None:
+        """Passes on that it is time, and waits until all workers have ended."""
+        for sock in self._sockets:
+            sock.close()  # the workers have it still: it is theirs to take what waits there
+        self._tell({"stop": "now" if self._stop.is_urgent else "please"})
+        hurrying = asyncio.create_task(self._hurry())
+        server = self._loaded.config.server
+        if keepers:
+            await asyncio.wait(keepers, timeout=server.shutdown_delay_s + server.shutdown_grace_s + _LAST_WORDS_S)
+        for worker in self._workers.values():
+            if worker.process.returncode is None:
+                log.warning("worker %d does not end: it is killed", worker.process.pid)
+                worker.process.kill()
+        hurrying.cancel()
+        await asyncio.gather(hurrying, *keepers, return_exceptions=True)
+
+    async def _hurry(self) -> None:
+        await self._stop.urgent()
+        self._tell({"stop": "now"})
+
+    def _tell(self, message: Message) -> None:
+        for worker in self._workers.values():
+            worker.send(message)
+
+    # Configurations
+
+    async def _watch(self, reload: asyncio.Event) -> None:
+        while True:
+            await self._source.changed(reload)
+            try:
+                loaded = self._source.load()
+                changed = changes(self._loaded, loaded)
+            except ConfigError as error:
+                tell_of_refusal(error.problems)
+                continue
+            if problems := await self._change(loaded):
+                tell_of_refusal(problems)
+            else:
+                tell_of_change(loaded, changed)
+
+    async def _change(self, loaded: Loaded) -> list[str]:
+        """Has all workers take it, unless the first one that answers says why not."""
+        while asked := [worker for worker in self._workers.values() if worker.loaded is not loaded]:
+            for worker in asked:
+                problems = await worker.take(loaded)
+                if problems and self._loaded is not loaded:
+                    return problems
+                worker.loaded = loaded
+                if problems == []:
+                    self._loaded = loaded  # from now on new workers start with it
+        return [] if self._loaded is loaded else ["no worker has answered"]
+
+
+def _how(code: int) -> str:
+    return f"code {code}" if code >= 0 else f"signal {-code}"
