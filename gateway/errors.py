@@ -296,6 +296,11 @@ def is_outage(error: GatewayError) -> bool:
     return isinstance(error, UpstreamError | Retold) and (error.status == 429 or error.status >= 500)
 
 
+def is_broken_off(error: GatewayError) -> bool:
+    """Whether a stream ended because the replica that ran its call is gone: who was shown nothing of it may ask anew."""
+    return error.body()["error"].get("code") in (StreamDiverged.code, StreamLost.code)
+
+
 class StoreError(Exception):
     """The store's fault. Never reaches a caller: the service counts it and goes on without the store."""
 
