@@ -85,6 +85,7 @@ class ServerConfig(_Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     workers: Count = 1
+    worker_timeout_s: SecondsOrZero = 30.0
     max_body_bytes: Count = 33_554_432
     head_after_s: Seconds = 5.0
     keepalive_s: Seconds = 10.0

@@ -58,6 +58,8 @@ class Employed:
                 self._stop.hurry()
             elif "stop" in message:
                 self._stop.ask()
+            elif "ping" in message:
+                channel.send({"pong": message["ping"]})
             else:
                 _, _, problems = await take(live, partial(self._source.load, message["text"]))
                 channel.send({"number": message["number"], "problems": problems})
