@@ -6,7 +6,7 @@ import os
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,6 +132,11 @@ async def on_server(server: RedisServer | RedisNodes) -> AsyncIterator[Backend]:
             return connect(config.model_copy(update={"cluster": cluster}), server.url)
 
         yield Backend(make_client, raw, f"t{os.urandom(6).hex()}", stack)
+
+
+def on_any(request: pytest.FixtureRequest) -> AbstractAsyncContextManager[Backend]:
+    """On the imitation, or on what the fixture of this name is."""
+    return on_fakeredis() if request.param == "fakeredis" else on_server(request.getfixturevalue(request.param))
 
 
 @contextmanager

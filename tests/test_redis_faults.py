@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from scripted import chunk
-from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, nothing_unnoticed, until
+from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, until
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
@@ -22,13 +22,9 @@ from gateway.ports import LOG_START, Appended, LogName, Writer
 from gateway.store.client import Single
 from gateway.store.redis import RedisStore, connect
 
+pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
+
 Open = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    with nothing_unnoticed():
-        yield
 
 
 @pytest.fixture
