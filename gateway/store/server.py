@@ -196,10 +196,13 @@ class Server:
         while not self._closed:
             self._fell.clear()
             try:
-                async with asyncio.timeout(_WATCH_UP_S if self.available else self.config.cooldown_s):
+                well = self.available and not self.wire.may_move
+                async with asyncio.timeout(_WATCH_UP_S if well else self.config.cooldown_s):
                     await self._fell.wait()
             except TimeoutError:
                 await self._look()
+            else:
+                await self.wire.let_go()
 
     async def _look(self) -> None:
         began = self._epoch
@@ -208,6 +211,8 @@ class Server:
                 async with asyncio.timeout(
                     self.config.command_timeout_s if self.available else self.config.connect_timeout_s
                 ):
+                    if self.available:
+                        await self.wire.follow()
                     await self._greet()
             if not self.available:
                 # Slow is no better than gone: it is back when a lookup is answered in time.
