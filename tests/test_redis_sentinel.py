@@ -48,6 +48,7 @@ class Watched:
             master.config_set("repl-diskless-sync-delay", 0)
             replica.replicaof(HOST, self.servers[0].port)
             until_true(lambda: master.info("replication").get("slave0", {}).get("state") == "online")
+            until_true(lambda: replica.info("replication")["master_link_status"] == "up")
         config = _CONFIG.format(port=self.servers[0].port, quorum=sentinels // 2 + 1) + config
         for number in range(sentinels):
             self.sentinels.append(sentinel := PortedRedis(self._folder / f"sentinel-{number}", config=config))
@@ -58,7 +59,7 @@ class Watched:
         others = len(self.sentinels) - 1
         for sentinel in self.sentinels:
             with self.on(sentinel) as asked:
-                until_true(lambda asked=asked: asked.sentinel_slaves(SERVICE))
+                until_true(lambda asked=asked: [each["flags"] for each in asked.sentinel_slaves(SERVICE)] == ["slave"])
                 until_true(lambda asked=asked: len(asked.sentinel_sentinels(SERVICE)) == others)
 
     @staticmethod
