@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from running import Gateway, RedisNodes, RedisServer, find_redis, run_gateway
 from scripted import ScriptedUpstream
-from stores import Backend, embedded_server, nothing_unnoticed, on_any, on_server
+from stores import Backend, Proxy, embedded_server, nothing_unnoticed, on_any, on_server
 
 from gateway.config import load
 
@@ -98,6 +98,14 @@ async def upstream(no_task_is_left: None) -> AsyncIterator[ScriptedUpstream]:
     yield scripted
     await scripted.stop()
     assert not scripted.errors
+
+
+@pytest.fixture
+async def proxy(own_redis, no_task_is_left: None) -> AsyncIterator[Proxy]:
+    proxy = Proxy()
+    await proxy.start(own_redis.url.removeprefix("unix://"))
+    yield proxy
+    await proxy.stop()
 
 
 StartGateway = Callable[..., Awaitable[Gateway]]

@@ -60,11 +60,23 @@ class Server:
         self._failures = 0
         self._epoch = 0
         """How many failures in a row were counted: a call that began in an earlier epoch was hit by one that was counted."""
+        self._refuses_until_s = float("-inf")
         self._closed = False
         self._fell = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._told_at: dict[str, float] = {}
         self._told_away = False
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether it is there and has refused no write lately."""
+        return self.available and _now() >= self._refuses_until_s
+
+    def check_writable(self) -> None:
+        """For what has to be written, and costs something to try. Raises `StoreUnavailable`."""
+        self._refuse_if_away()
+        if not self.is_writable:
+            raise StoreRefused("the store refuses to store")
 
     @property
     def has_nodes(self) -> bool:
@@ -174,6 +186,7 @@ class Server:
         """What the failure of more than a lookup says of the server."""
         if isinstance(error, StoreRefused):
             # No reason to stop looking things up.
+            self._refuses_until_s = _now() + self.config.cooldown_s
             self.warn("Redis refuses to store: %s", error)
         elif not isinstance(error, StoreCorrupt):
             self._count_failure(error, began)
