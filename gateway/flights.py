@@ -100,8 +100,9 @@ class Flights:
     def start(self, plan: Plan) -> Flight:
         """Begins an upstream call in a task of its own, or follows the one that another replica has begun."""
         name = None if plan.key is None else LogName(plan.key, FlightId(self._new_id(8)))
-        # What is not kept, and not joined, is assembled only for a caller who wants it whole.
-        flight = self._flight(plan.call.api, name, assemble=name is not None or not plan.call.streamed)
+        # What is not kept is assembled only for a caller who wants it whole.
+        kept = name is not None and self._store.is_writable
+        flight = self._flight(plan.call.api, name, assemble=kept or not plan.call.streamed)
         flight.labels, flight.background = plan.labels, plan.background
         flight.replaces = plan.background or plan.newer_than_us >= 0
         if plan.key is not None and plan.joinable:
@@ -414,7 +415,7 @@ class Flights:
         """Ends the log, and seals a recording if the rules allow. From here on newcomers find this flight, if no later one
         has taken its place.
         """
-        recording = recorded(flight, plan, self._clock.now())
+        recording = recorded(flight, plan, self._clock.now(), writable=self._store.is_writable)
         if recording is None:
             flight.close(Complete())
             flight.kept = False

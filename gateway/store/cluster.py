@@ -108,6 +108,17 @@ class Cluster:
         node = nodes[turn % len(nodes)]
         return node.connection_class(**node.connection_kwargs, retry=no_retry())
 
+    @property
+    def may_move(self) -> bool:
+        """No: the nodes tell of each other."""
+        return False
+
+    async def follow(self) -> None:
+        """Nothing, then."""
+
+    async def let_go(self) -> None:
+        """Nothing: to know the nodes anew makes all connections anew."""
+
     async def close(self) -> None:
         await self._nodes.aclose()
         await self._nodes.aclose("startup_nodes")

@@ -65,6 +65,10 @@ class RedisStore(Logs, RedisInventory):
     def available(self) -> bool:
         return self._server.available
 
+    @property
+    def is_writable(self) -> bool:
+        return self._server.is_writable
+
     async def __aenter__(self) -> Self:
         self._bell.open()
         try:
@@ -100,6 +104,7 @@ class RedisStore(Logs, RedisInventory):
         writer: Writer | None = None,
         end: bytes = b"",
     ) -> bool:
+        self._server.check_writable()
         with self._room_for(recording.size_bytes):
             recorded = await self._recorded(recording)
             own = replaced = LogName(key, FlightId(recording.meta.flight))
