@@ -31,6 +31,8 @@ from gateway.eraser import Eraser
 from gateway.errors import ConfigError, ModelNotFound, StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
+from gateway.http.body import READ_TIMEOUT_S
+from gateway.http.connection import Patience, Runner
 from gateway.http.relay import Relay
 from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
@@ -172,6 +174,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     running = edge.Running()
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
     app[RUNNING] = running
+    app[READ_TIMEOUT_S] = config.server.read_timeout_s
     longest_s = max(config.flights.total_timeout_s, *(model.total_timeout_s or 0.0 for model in config.models), 0.0)
     purges = Purges(store, clock, longest_s=longest_s)
     tally = Tally(store)
@@ -267,7 +270,7 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     app.router.add_get("/healthz", small.health(store))
     app.router.add_get("/openapi.json", small.openapi(server.relay_paths, admin=config.admin.is_open))
     app.router.add_get("/", small.root)
-    relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
+    relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own, server.write_timeout_s)
     app.router.add_route("*", "/v1/{path:.*}", relay.handler())
 
 
@@ -309,7 +312,7 @@ async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
             stack.push_async_callback(upstream.close)
         store, store_described = await open_store(stack, loaded)
         app = build_app(config, store, router, loaded.secrets.get(config.admin.key_env, ""))
-        runner = web.AppRunner(app, shutdown_timeout=_LAST_WORDS_S, **RUNNER_OPTIONS)
+        runner = Runner(app, patience(config), shutdown_timeout=_LAST_WORDS_S, **RUNNER_OPTIONS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=_BACKLOG)
@@ -320,6 +323,11 @@ async def serve(loaded: Loaded, announce: Callable[[str], None]) -> None:
         await stop.wait()
         await _drain(site, app[RUNNING], config.server.shutdown_grace_s)
         await app[SERVICE].close()
+
+
+def patience(config: Config) -> Patience:
+    """What `Runner` is to have with callers."""
+    return Patience(config.server.read_timeout_s, config.server.write_timeout_s)
 
 
 async def _drain(site: web.TCPSite, running: edge.Running, grace_s: float) -> None:

@@ -46,7 +46,7 @@ class Exchange:
 
     __slots__ = ("began", "cache_status", "caller_id", "error", "head_sent", "left", "model", "request_id", "upstream")
 
-    def __init__(self, request: web.Request, own_id: int) -> None:
+    def __init__(self, request: web.BaseRequest, own_id: int) -> None:
         self.began = time.perf_counter()
         given = request.headers.get("X-Request-Id", "")
         self.caller_id = given if _SANE_ID.fullmatch(given) else ""
@@ -132,7 +132,7 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
             exchange.cache_status = only_detail(error.detail)
         response = error_response(error, exchange)
     except web.HTTPException as error:
-        response = error_response(_translated(error, request), exchange)
+        response = error_response(translated(error, request), exchange)
     except Exception:  # anything else is a bug: the caller gets an id to quote, the log gets the trace
         log.exception("request %s failed", exchange.request_id)
         if exchange.head_sent and request.transport:
@@ -164,7 +164,7 @@ def error_response(error: GatewayError, exchange: Exchange) -> web.Response:
     return web.json_response(error.body(), status=error.status, headers=headers)
 
 
-def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
+def translated(error: web.HTTPException, request: web.Request) -> GatewayError:
     """aiohttp's own refusals in our words."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         return not_allowed(request, sorted(error.allowed_methods))
@@ -175,6 +175,15 @@ def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
     refusal = InvalidRequest(error.reason or "The request cannot be read.")
     refusal.status = error.status
     return refusal
+
+
+def refusal(request: web.BaseRequest, error: GatewayError) -> web.Response:
+    """The answer to what never came to a handler, as the middleware would have given it."""
+    exchange = Exchange(request, random.getrandbits(96))  # as above
+    response = error_response(error, exchange)
+    response.headers.update(exchange.headers())
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
 
 
 def not_allowed(request: web.Request, allowed: Sequence[str]) -> MethodNotAllowed:
