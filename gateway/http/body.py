@@ -5,15 +5,17 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from gateway.errors import BodyTooLarge, InvalidRequest, RequestTooSlow
+from gateway.errors import BodyTooLarge, InvalidRequest, RequestTooSlow, UnsupportedMediaType
 
 READ_TIMEOUT_S = web.AppKey("read_timeout_s", float)
 _LEAST_BYTES_PER_S = 1000
 """So many bytes of a body buy it a second more, as with Apache's mod_reqtimeout: a trickle ends, a large upload goes on."""
+_CODINGS = ("gzip", "deflate", "br", "zstd", "identity")
+"""Those that aiohttp undoes; it passes on all others as they are."""
 
 
 async def read(request: web.Request) -> bytes:
-    """All of the body. Raises `BodyTooLarge`, `RequestTooSlow` and `InvalidRequest`."""
+    """All of the body. Raises `BodyTooLarge`, and the errors of `pieces`."""
     request.content.set_read_chunk_size(request.client_max_size)  # what is compressed comes in fewer pieces
     body = bytearray()
     async for piece in pieces(request):
@@ -26,8 +28,11 @@ async def read(request: web.Request) -> bytes:
 async def pieces(request: web.Request) -> AsyncIterator[bytes]:
     """The body as it comes; of the time only that counts in which there is nothing to be read.
 
-    Raises `RequestTooSlow`, and `InvalidRequest` where it breaks off or is not coded as it says.
+    Raises `RequestTooSlow`, `UnsupportedMediaType`, and `InvalidRequest` where it breaks off or is not coded as it says.
     """
+    coding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in _CODINGS:
+        raise UnsupportedMediaType(f"The content coding must be one of {', '.join(_CODINGS)}, not {coding!r}.")
     content, clock = request.content, asyncio.get_running_loop().time
     left_s = request.app[READ_TIMEOUT_S]
     while not content.at_eof():

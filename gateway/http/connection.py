@@ -11,7 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
@@ -64,6 +64,8 @@ def _served(handler: _Handler, write_timeout_s: float) -> _Handler:
             with contextlib.suppress(CallerTooSlow):
                 await patiently(request, request.writer.drain(), write_timeout_s)
         try:
+            if request.version < HttpVersion10:
+                raise web.HTTPBadRequest(reason="Only HTTP/1.0 and HTTP/1.1 are served.")  # 505 is for 2 and up
             return await handler(request)
         except web.HTTPException as error:  # an `Expect` that aiohttp refuses before any middleware
             return edge.refusal(request, edge.translated(error, request))
