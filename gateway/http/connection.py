@@ -19,7 +19,6 @@ from aiohttp.web_protocol import _ErrInfo
 from gateway.errors import GatewayError, HeadTooLarge, InvalidRequest, RequestTooSlow
 from gateway.http import edge
 from gateway.http.body import too_slow
-from gateway.http.writing import CallerTooSlow, patiently
 
 
 class Patience(NamedTuple):
@@ -40,8 +39,7 @@ class Runner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        handler = _served(made.request_handler, self._patience.write_timeout_s)
-        return _Server(self._patience, handler, request_factory=made.request_factory, **self._kwargs)
+        return _Server(self._patience, _served(made.request_handler), request_factory=made.request_factory, **self._kwargs)
 
 
 class _Server(web.Server):
@@ -56,18 +54,15 @@ class _Server(web.Server):
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def _served(handler: _Handler, write_timeout_s: float) -> _Handler:
-    """The application, but for callers who pipeline and do not read: an answer of known size is written without a wait."""
+def _served(handler: _Handler) -> _Handler:
+    """The application, but for what aiohttp leaves open before any middleware."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        if request.protocol.writing_paused:
-            with contextlib.suppress(CallerTooSlow):
-                await patiently(request, request.writer.drain(), write_timeout_s)
         try:
             if request.version < HttpVersion10:
                 raise web.HTTPBadRequest(reason="Only HTTP/1.0 and HTTP/1.1 are served.")  # 505 is for 2 and up
             return await handler(request)
-        except web.HTTPException as error:  # an `Expect` that aiohttp refuses before any middleware
+        except web.HTTPException as error:  # an `Expect` that nobody knows, too
             return edge.refusal(request, edge.translated(error, request))
 
     return handle

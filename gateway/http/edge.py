@@ -26,8 +26,8 @@ _CLIENT_CLOSED = 499  # nginx's word for a caller who left
 
 
 def _told_in_full(record: logging.LogRecord) -> bool:
-    """Whether the server has failed; of a request that cannot be parsed or decoded there is one line, and none of its bytes: a key may
-    be among them.
+    """Whether the server has failed; of a request that cannot be parsed or decoded there is one line, and none of its bytes:
+    a key may be among them.
     """
     error = record.exc_info[1] if record.exc_info else None
     if not isinstance(error, HttpProcessingError | web.RequestPayloadError):
