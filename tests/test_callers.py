@@ -385,9 +385,10 @@ async def much_at_once(asked):
         await say_much(asked)
 
 
+TRICKLED = ("replays", "stored answers in full", "what is relayed")
 ROWS = [
     *[pytest.param(sent, 0, id=name) for name, sent in SLOW.items()],
-    *[pytest.param(SLOW[name], 256, id=f"{name}, who trickles") for name in ("replays", "answers in full", "what is relayed")],
+    *[pytest.param(SLOW[name], 256, id=f"{name}, who trickles") for name in TRICKLED],
 ]  # fmt: skip
 
 
@@ -441,7 +442,7 @@ SO_ATTACH_FILTER = 26
 VANISHING = {
     "in the middle of a stream": ask("hi", stream=True),
     "waiting for a stream": ask("hi", stream=True, wait=True),
-    "waiting for a whole answer": ask("hi", wait=True),
+    "waiting for a whole answer": ask("ho", wait=True),
     "waiting for what is relayed": RELAYED,
     "between two requests": get(),
     "in the middle of a head": get()[:-4],
