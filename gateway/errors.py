@@ -326,6 +326,10 @@ class StoreCorrupt(StoreError):
     """What was stored does not load. The entry is deleted and counts as a miss."""
 
 
+class UnknownCursor(StoreError):
+    """A cursor that this store cannot have given: it is a caller's, and its fault."""
+
+
 class ConfigError(Exception):
     """The configuration is wrong. ``problems`` lists everything that is, each with its dotted path."""
 

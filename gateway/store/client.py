@@ -24,7 +24,7 @@ from redis.exceptions import (
 from redis.maint_notifications import MaintNotificationsConfig
 
 from gateway.config import RedisConfig
-from gateway.errors import ConfigError, StoreCorrupt, StoreError, StoreUnavailable
+from gateway.errors import ConfigError, StoreCorrupt, StoreError, StoreUnavailable, UnknownCursor
 from gateway.store.scripts import TEXTS
 
 # One each for lookups, patient lookups, reads of logs, writes, and the watch. The bell has one beside these.
@@ -123,6 +123,8 @@ class Single:
         return connection
 
     async def scan(self, pattern: str, cursor: str, count: int) -> tuple[list[bytes], str]:
+        if cursor and not cursor.isdecimal():
+            raise UnknownCursor("it is not of one server")
         [answer] = await self.send([scan(pattern, cursor, count)])
         if isinstance(answer, Exception):
             raise answer
