@@ -16,6 +16,8 @@ from gateway.eraser import Eraser
 from gateway.errors import StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
+from gateway.http.body import READ_TIMEOUT_S
+from gateway.http.connection import Patience
 from gateway.http.relay import Relay
 from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
@@ -108,6 +110,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     running = edge.Running()
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
     app[RUNNING] = running
+    app[READ_TIMEOUT_S] = config.server.read_timeout_s
     longest_s = max(config.flights.total_timeout_s, *(model.total_timeout_s or 0.0 for model in config.models), 0.0)
     purges = Purges(store, clock, longest_s=longest_s)
     tally = Tally(store)
@@ -194,7 +197,9 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     app.router.add_get("/healthz", small.health(store))
     app.router.add_get("/openapi.json", small.openapi(server.relay_paths, admin=config.admin.is_open))
     app.router.add_get("/", small.root)
-    relay = app[ADJUSTABLE].relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
+    relay = app[ADJUSTABLE].relay = Relay(
+        router, _relay_upstream(config, router), server.relay_paths, own, server.write_timeout_s
+    )
     app.router.add_route("*", "/v1/{path:.*}", relay.handler())
 
 
@@ -213,6 +218,11 @@ async def rehearse(loaded: Loaded) -> None:
     if loaded.config.redis.url != "embedded":
         await connect(loaded.config.redis, loaded.config.redis.url).aclose()
     await fleet.close()
+
+
+def patience(config: Config) -> Patience:
+    """What `Runner` is to have with callers."""
+    return Patience(config.server.read_timeout_s, config.server.write_timeout_s)
 
 
 def announcement(address: Any, config: Config, store: str) -> str:

@@ -90,6 +90,7 @@ class ServerConfig(_Section):
     max_body_bytes: Count = 33_554_432
     head_after_s: Seconds = 5.0
     keepalive_s: Seconds = 10.0
+    read_timeout_s: Seconds = 60.0
     write_timeout_s: Seconds = 60.0
     shutdown_delay_s: SecondsOrZero = 0.0
     shutdown_grace_s: SecondsOrZero = 7.0

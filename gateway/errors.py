@@ -82,6 +82,20 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
 
 
+class HeadTooLarge(RequestError):
+    """A line of the request's head is too long, or it has too many of them (RFC 6585 5)."""
+
+    status = 431
+    code = "request_head_too_large"
+
+
+class RequestTooSlow(RequestError):
+    """The request did not come within ``[server] read_timeout_s`` (RFC 9110 15.5.9)."""
+
+    status = 408
+    code = "request_too_slow"
+
+
 class UnsupportedMediaType(RequestError):
     """The request body is not declared as JSON."""
 
@@ -315,6 +329,10 @@ class StoreFenced(StoreError):
 
 class StoreCorrupt(StoreError):
     """What was stored does not load. The entry is deleted and counts as a miss."""
+
+
+class UnknownCursor(StoreError):
+    """A cursor that this store cannot have given: it is a caller's, and its fault."""
 
 
 class ConfigError(Exception):

@@ -9,7 +9,17 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Protocol
 
-from gateway.app import ADJUSTABLE, RUNNER_OPTIONS, RUNNING, SERVICE, SystemClock, announcement, build_app, open_store
+from gateway.app import (
+    ADJUSTABLE,
+    RUNNER_OPTIONS,
+    RUNNING,
+    SERVICE,
+    SystemClock,
+    announcement,
+    build_app,
+    open_store,
+    patience,
+)
 from gateway.config import Loaded, ServerConfig
 from gateway.errors import ConfigError
 from gateway.http.edge import Running
@@ -95,7 +105,7 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         store, store_described = await open_store(stack, loaded)
         app = build_app(config, store, live.router, loaded.secrets.get(config.admin.key_name, ""))
         live.adjustable = app[ADJUSTABLE]
-        server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS)
+        server = HttpServer(app, app[RUNNING], patience(config), RUNNER_OPTIONS)
         stack.push_async_callback(server.close)
         await server.open()
         sockets = boss.sockets(config.server)

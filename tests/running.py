@@ -18,8 +18,9 @@ from aiohttp import web
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from gateway.app import RUNNER_OPTIONS, SERVICE, SystemClock, build_app, open_store
+from gateway.app import RUNNER_OPTIONS, SERVICE, SystemClock, build_app, open_store, patience
 from gateway.errors import StoreUnavailable
+from gateway.http.connection import Runner
 from gateway.service import Service
 from gateway.store.embedded import server_binary
 from gateway.store.redis import RedisStore
@@ -230,6 +231,7 @@ class Gateway:
     session: aiohttp.ClientSession
     service: Service
     store: RedisStore
+    runner: web.AppRunner
 
     @property
     def base_url(self) -> str:
@@ -300,10 +302,10 @@ async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
     stack.push_async_callback(fleet.close)
     store, _ = await open_store(stack, loaded)
     app = build_app(loaded.config, store, fleet.router, loaded.secrets.get(loaded.config.admin.key_name, ""))
-    runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
+    runner = Runner(app, patience(loaded.config), shutdown_timeout=1.0, **RUNNER_OPTIONS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     port = runner.addresses[0][1]
     session = await stack.enter_async_context(aiohttp.ClientSession())
-    return Gateway(f"http://127.0.0.1:{port}", session, app[SERVICE], store)
+    return Gateway(f"http://127.0.0.1:{port}", session, app[SERVICE], store, runner)

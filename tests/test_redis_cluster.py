@@ -17,7 +17,7 @@ from stores import LOG, RECORDING, batch, begun, until
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.core.purge import Purge, Selector
-from gateway.errors import ConfigError, StoreError, StoreUnavailable
+from gateway.errors import ConfigError, StoreError, StoreUnavailable, UnknownCursor
 from gateway.ports import LOG_START, Appended, FlightId, Listed, LogName, Writer
 from gateway.store.redis import RedisStore, connect
 
@@ -235,6 +235,13 @@ async def test_pages_list_what_is_on_all_nodes(redis_cluster, open_store, protoc
     assert [each.key for each in await listed_from(other, "")] == KEYS[:1]
 
 
+@pytest.mark.parametrize("cursor", ["5", "16384-0--", "a-1--", "1-2"])
+async def test_a_cursor_that_no_cluster_gives_is_refused_as_such(shared_nodes, open_store, cursor):
+    store = await open_store(shared_nodes)
+    with pytest.raises(UnknownCursor):
+        await store.page(cursor)
+
+
 @pytest.mark.usefixtures("small_pages")
 async def test_pages_miss_nothing_though_slots_move_from_node_to_node(redis_cluster, open_store):
     """The client is not told: it learns only of slots that it asks for."""
@@ -266,7 +273,7 @@ async def test_a_node_in_anothers_place_is_scanned_from_its_beginning(redis_clus
     await asyncio.gather(*(store.store(key, RECORDING) for key in KEYS))
     for cursor in (f"0-5460-{'a' * 40}-7", f"0-16383-{'a' * 40}-7"):
         assert {each.key for each in await listed_from(store, cursor)} == set(KEYS)
-    with pytest.raises(StoreUnavailable, match="nobody has slot"):
+    with pytest.raises(UnknownCursor):
         await store.page(f"16384-16384-{'a' * 40}-7")
 
 

@@ -34,11 +34,11 @@ _CLIENT_CLOSED = 499  # nginx's word for a caller who left
 
 
 def _told_in_full(record: logging.LogRecord) -> bool:
-    """Whether the server has failed; of a request that cannot be parsed there is one line, and none of its bytes: a key may
-    be among them.
+    """Whether the server has failed; of a request that cannot be parsed or decoded there is one line, and none of its bytes:
+    a key may be among them.
     """
     error = record.exc_info[1] if record.exc_info else None
-    if not isinstance(error, HttpProcessingError):
+    if not isinstance(error, HttpProcessingError | web.RequestPayloadError):
         return True
     log.info("%s: %s", record.getMessage(), type(error).__name__)
     return False
@@ -57,7 +57,7 @@ class Exchange:
         "upstream",
     )  # fmt: skip
 
-    def __init__(self, request: web.Request, own_id: int, running: "Running") -> None:
+    def __init__(self, request: web.BaseRequest, own_id: int, running: "Running") -> None:
         self.began = time.perf_counter()
         self.running = running
         self.closes = False
@@ -155,7 +155,7 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
             exchange.cache_status = only_detail(error.detail)
         response = error_response(error, exchange)
     except web.HTTPException as error:
-        response = error_response(_translated(error, request), exchange)
+        response = error_response(translated(error, request), exchange)
     except Exception:  # anything else is a bug: the caller gets an id to quote, the log gets the trace
         log.exception("request %s failed", exchange.request_id)
         if exchange.head_sent and request.transport:
@@ -192,7 +192,7 @@ def error_response(error: GatewayError, exchange: Exchange) -> web.Response:
     return web.json_response(error.body(), status=error.status, headers=headers)
 
 
-def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
+def translated(error: web.HTTPException, request: web.Request) -> GatewayError:
     """aiohttp's own refusals in our words."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         return not_allowed(request, sorted(error.allowed_methods))
@@ -203,6 +203,15 @@ def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
     refusal = InvalidRequest(error.reason or "The request cannot be read.")
     refusal.status = error.status
     return refusal
+
+
+def refusal(request: web.BaseRequest, error: GatewayError) -> web.Response:
+    """The answer to what never came to a handler, as the middleware would have given it."""
+    exchange = Exchange(request, random.getrandbits(96), Running())  # as above
+    response = error_response(error, exchange)
+    response.headers.update(exchange.headers())
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
 
 
 def not_allowed(request: web.Request, allowed: Sequence[str]) -> MethodNotAllowed:

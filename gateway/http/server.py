@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.http.connection import Patience, Runner
 from gateway.http.edge import Running
 from gateway.sockets import BACKLOG, accept_all
 
@@ -24,8 +25,8 @@ _POLL_S = 0.01
 class HttpServer:
     """Serves an application on sockets that listen already, and closes them in the end."""
 
-    def __init__(self, app: web.Application, running: Running, options: dict[str, Any]) -> None:
-        self._runner = web.AppRunner(app, shutdown_timeout=_LAST_WORDS_S, **options)
+    def __init__(self, app: web.Application, running: Running, patience: Patience, options: dict[str, Any]) -> None:
+        self._runner = Runner(app, patience, shutdown_timeout=_LAST_WORDS_S, **options)
         self._running = running
         self._sockets: list[socket.socket] = []
         self._sites: list[web.SockSite] = []

@@ -28,7 +28,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from gateway.config import RedisConfig
 from gateway.core.sentinel_url import SentinelUrl
-from gateway.errors import ConfigError, StoreCorrupt, StoreError, StoreUnavailable
+from gateway.errors import ConfigError, StoreCorrupt, StoreError, StoreUnavailable, UnknownCursor
 from gateway.store.scripts import TEXTS
 from gateway.store.sentinel import master_client
 from gateway.store.tls import TlsConnection, shared_context, tls_options
@@ -217,6 +217,8 @@ class Single:
             await drop(connection, transport_of(connection))
 
     async def scan(self, pattern: str, cursor: str, count: int) -> tuple[list[bytes], str]:
+        if cursor and not cursor.isdecimal():
+            raise UnknownCursor("it is not of one server")
         [answer] = await self.send([scan(pattern, cursor, count)])
         if isinstance(answer, Exception):
             raise answer
