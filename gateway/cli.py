@@ -126,7 +126,8 @@ def _check(_: Source, loaded: Loaded) -> int:
     print(f"configuration: {loaded.source}")  # noqa: T201
     print(f"would listen on http://{server.host}:{server.port}/v1")  # noqa: T201
     print(f"cache: {config.redis.shown_url if cache.enabled else 'off'}, kept for {cache.ttl_s:g} s")  # noqa: T201
-    print(f"admin: {'on' if config.admin.is_open else 'off'}")  # noqa: T201
+    at = f" at {config.admin.listen}" if config.admin.listen else ""
+    print(f"admin: {f'on{at}' if config.admin.is_open else 'off'}")  # noqa: T201
     print(describe_upstreams(config))  # noqa: T201
     print("ok")  # noqa: T201
     return 0
