@@ -37,7 +37,9 @@ def start(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path)
                 **settings,
             }
             environ = {f"GATEWAY_{name.upper()}": value for name, value in values.items()}
-            return stack.enter_context(Served(tmp_path, *arguments, ADMIN=KEY, **environ))
+            served = stack.enter_context(Served(tmp_path, *arguments, wait=False, ADMIN=KEY, **environ))
+            served.announce()
+            return served
 
         yield start
 
