@@ -336,6 +336,8 @@ class OpenAIUpstreamConfig(_UpstreamConfig):
             raise ValueError("must start with http:// or https:// and a host")
         if "@" in parts.netloc:
             raise ValueError("must not hold a credential: name what holds it in api_key_env or api_key_file")
+        if parts.query or parts.fragment:
+            raise ValueError("must end with its path: what follows would not be sent")
         return url.rstrip("/")
 
 
