@@ -84,6 +84,14 @@ async def test_it_listens_on_a_socket_of_ours_only_and_leaves_nothing_behind():
     assert not socket.parent.exists()
 
 
+@on_linux
+async def test_it_is_told_nothing_of_our_environment_which_may_hold_secrets(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "sk-0123456789")
+    async with EmbeddedServer(None, BYTES) as server:
+        assert server._process
+        assert b"sk-0123456789" not in Path(f"/proc/{server._process.pid}/environ").read_bytes()
+
+
 async def test_what_has_no_life_is_never_evicted_and_all_else_may_be():
     async with EmbeddedServer(None, 8_000_000) as server:
         await ask(server, "SET", "secret", "s")
