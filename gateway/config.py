@@ -4,6 +4,7 @@ The only reader of the environment. Precedence: flags of ``gateway serve``, then
 the file, then the defaults here. No message and no ``repr`` shows a value that may hold a secret.
 """
 
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -238,10 +239,23 @@ class EjectionConfig(_Section):
 
 class AdminConfig(_Section):
     enabled: bool = True
+    listen: str = ""
     key_env: Variable = ""
     key_file: SecretFile = ""
 
     _one_key = field_validator("key_file")(_not_both)
+
+    @field_validator("listen")
+    @classmethod
+    def _is_address(cls, listen: str) -> str:
+        if listen:
+            _address(listen)
+        return listen
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """The host and the port of the administration's own listener, where it has one."""
+        return _address(self.listen) if self.listen else None
 
     @property
     def key_name(self) -> str:
@@ -251,6 +265,19 @@ class AdminConfig(_Section):
     @property
     def is_open(self) -> bool:
         return self.enabled and bool(self.key_name)
+
+
+def _address(listen: str) -> tuple[str, int]:
+    """Raises `ValueError`."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]+)):([0-9]{1,5})", listen)
+    if not found or int(found[3]) > 65535:
+        raise ValueError('must be a host and a port: "127.0.0.1:9090", "[::1]:9090"')
+    return found[1] or found[2], int(found[3])
+
+
+class MetricsConfig(_Section):
+    enabled: bool = True
+    public: bool = False
 
 
 class ModelConfig(_Section):
@@ -340,6 +367,8 @@ class OpenAIUpstreamConfig(_UpstreamConfig):
             raise ValueError("must start with http:// or https:// and a host")
         if "@" in parts.netloc:
             raise ValueError("must not hold a credential: name what holds it in api_key_env or api_key_file")
+        if parts.query or parts.fragment:
+            raise ValueError("must end with its path: what follows would not be sent")
         return url.rstrip("/")
 
 
@@ -383,6 +412,7 @@ class Config(_Section):
     ejection: EjectionConfig = EjectionConfig()
     replay: ReplayConfig = ReplayConfig()
     admin: AdminConfig = AdminConfig()
+    metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
     models: tuple[ModelConfig, ...] = ()
     upstreams: Annotated[tuple[UpstreamConfig, ...], Field(validate_default=True)] = ()

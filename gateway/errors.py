@@ -6,7 +6,7 @@ reaches the edge and is not a `GatewayError` is a bug, and answers 500.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 
@@ -31,6 +31,12 @@ class GatewayError(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object: ``{"error": {"message", "type", "param", "code"}}``."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Changes every text in it that others may have written."""
+        self.message = change(self.message)
+        self.args = (self.message,)
+        self.headers = {name: change(value) for name, value in self.headers.items()}
 
 
 class RequestError(GatewayError):
@@ -141,6 +147,11 @@ class UpstreamRefused(UpstreamError):
         theirs = sent.get("error") if isinstance(sent, dict) else None
         return {"error": ours | theirs if isinstance(theirs, dict) else ours}
 
+    def reword(self, change: Callable[[str], str]) -> None:
+        super().reword(change)
+        self.content = change(self.content.decode("latin-1")).encode("latin-1")
+        self.content_type = change(self.content_type)
+
 
 class UpstreamReported(UpstreamError):
     """The upstream reported an error inside an answer that had begun as a success; ``reported`` is its error object."""
@@ -160,6 +171,10 @@ class UpstreamReported(UpstreamError):
 
     def body(self) -> dict[str, Any]:
         return {"error": self.reported}
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        super().reword(change)
+        self.reported = json.loads(change(json.dumps(self.reported)))
 
 
 class UpstreamUnreachable(UpstreamError):

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -82,8 +82,16 @@ class Flights:
         """How many readers had come until then, and when the last one left."""
         self._checks: dict[Flight, asyncio.Task[None]] = {}
 
+        self.takeovers = 0
+        """How many flights this replica has gone on with in the place of another one."""
+
     def __len__(self) -> int:
         return len(self._tasks)
+
+    @property
+    def running(self) -> Collection[Flight]:
+        """Those that this replica runs, or follows in another one."""
+        return self._tasks.keys()
 
     def find(self, key: CacheKey) -> Flight | None:
         """The flight that a request of this key may join, or whose recording is on its way to the store."""
@@ -288,6 +296,7 @@ class Flights:
             if own_plan is None and self._by_name.get(name) in (None, flight):
                 await mirror.leave()
         if own_plan:
+            self.takeovers += 1
             flight.resolve("led")
             await self._lead(flight, own_plan, self._continuation(flight))
 

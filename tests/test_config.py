@@ -37,6 +37,7 @@ OTHER_VALUES = {
     ("replay", "pace"): "fixed",
     ("replay", "identity"): "original",
     ("admin", "key_env"): "KEY_SECRET",
+    ("admin", "listen"): "127.0.0.1:9090",
     ("log", "level"): "debug",
     ("server", "relay_upstream"): "other",
 }
@@ -156,6 +157,22 @@ def test_every_key_can_be_set_from_the_environment(section, key):
     changed = getattr(getattr(load(None, environ).config, section), key)
     assert changed != getattr(getattr(Config(), section), key)
     assert changed == (type(changed)(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("listen", "address"),
+    [
+        ("", None), ("127.0.0.1:9090", ("127.0.0.1", 9090)), ("localhost:0", ("localhost", 0)), ("[::1]:9", ("::1", 9)),
+    ],
+)  # fmt: skip
+def test_the_address_of_operators_is_a_host_and_a_port(listen, address):
+    assert load(None, {"GATEWAY_ADMIN_LISTEN": listen}).config.admin.address == address
+
+
+@pytest.mark.parametrize("listen", ["9090", ":9090", "a b:1", "host:", "host:65536", "::1:9090", "http://host:1", "h:1/x"])
+def test_an_address_that_is_none_is_refused(listen):
+    (problem,) = problems_of(environ={"GATEWAY_ADMIN_LISTEN": listen})
+    assert problem.startswith("admin.listen: must be a host and a port")
 
 
 def test_no_two_keys_share_a_variable():

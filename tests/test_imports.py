@@ -20,6 +20,7 @@ ONLY_IN = {
     "httpx": ["gateway/upstreams/"],
     "aiohttp": ["gateway/upstreams/", "gateway/remote.py"],
     "rich": ["gateway/tables.py"],
+    "prometheus_client": ["gateway/metrics.py"],
     "aiohttp.web": ["gateway/http/", "gateway/app.py"],
     "aiohttp.typedefs": ["gateway/http/", "gateway/app.py", "gateway/upstreams/"],
     "aiohttp.http": ["gateway/http/connection.py"],

@@ -1,5 +1,6 @@
 """Chat completions and completions: read the request, open the answer, write it. One write loop serves every stream."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,18 +146,23 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
     reader = opened.reader
     if (stream := reader.at_once()) is not None:
         headers = _headers(opened, exchange, None, streamed=True)
+        exchange.first_token_at = time.perf_counter()
         return web.Response(body=stream + END, headers=headers)
     head = await reader.head(timing.head_after_s)
     if reader.over:
         return web.Response(status=204)
     response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True))
-    with _leaving(exchange):
-        await response.prepare(request)
-        if head is None:
-            await response.write(reader.keep_alive)
-        await _write(request, response, reader, timing)
-        if reader.error:
-            exchange.error = f"{type(reader.error).__name__}: {reader.error.message}"
+    exchange.running.streams += 1
+    try:
+        with _leaving(exchange):
+            await response.prepare(request)
+            if head is None:
+                await response.write(reader.keep_alive)
+            await _write(request, response, reader, timing)
+            if reader.error:
+                exchange.error = f"{type(reader.error).__name__}: {reader.error.message}"
+    finally:
+        exchange.running.streams -= 1
     return response
 
 
@@ -173,8 +179,11 @@ def _leaving(exchange: Exchange) -> Iterator[None]:
 
 async def _write(request: web.Request, response: web.StreamResponse, reader: Reader, timing: Timing) -> None:
     """The one loop that writes streams: what the reader has, comments while it has nothing, then the end."""
+    exchange = request[EXCHANGE]
     while True:
         data = await reader.next(timing.keepalive_s)
+        if data and not exchange.first_token_at:
+            exchange.first_token_at = time.perf_counter()
         if reader.at_end:
             # Clients stop reading at the end event, so it leaves together with the end of the body.
             await patiently(request, response.write_eof((data or b"") + reader.end()), timing.write_timeout_s)

@@ -53,8 +53,8 @@ class Exchange:
     """What is known of one request while it is served."""
 
     __slots__ = (
-        "began", "cache_status", "caller_id", "closes", "error", "head_sent", "left", "model", "request_id", "running",
-        "upstream",
+        "began", "cache_status", "caller_id", "closes", "error", "first_token_at", "head_sent", "left", "model",
+        "request_id", "running", "upstream",
     )  # fmt: skip
 
     def __init__(self, request: web.BaseRequest, own_id: int, running: "Running") -> None:
@@ -68,6 +68,8 @@ class Exchange:
         self.cache_status = NOT_FORWARDED
         self.model = self.upstream = self.error = ""
         self.left = self.head_sent = False
+        self.first_token_at = 0.0
+        """When the first token of a stream was written, as `began`."""
 
     def take_upstream_id(self, upstream_id: str | None) -> None:
         """The upstream's id of the request serves the caller too, who may have to quote it, unless it chose its own."""
@@ -93,9 +95,16 @@ class Running:
         """The process is to end: what comes is served, but whoever can ask another one should."""
         self.over = False
         """The time for that is over: what comes is refused."""
+        self.streams = 0
+        """Those of them that are streams whose head has been sent."""
         self._count = 0
         self._none = asyncio.Event()
         self._none.set()
+
+    @property
+    def count(self) -> int:
+        """How many requests are being served."""
+        return self._count
 
     def begin(self) -> None:
         self._count += 1
@@ -139,6 +148,7 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
                 model=exchange.model,
                 upstream=exchange.upstream,
                 error=exchange.error,
+                first_token_s=exchange.first_token_at - exchange.began if exchange.first_token_at else None,
             )
             for sink in sinks:
                 sink(details)

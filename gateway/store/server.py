@@ -13,6 +13,7 @@ from redis.asyncio.cluster import RedisCluster
 
 from gateway.config import RedisConfig
 from gateway.errors import StoreCorrupt, StoreError, StoreUnavailable
+from gateway.observe import StoreState
 from gateway.store.client import (
     FEWEST_CONNECTIONS,
     Client,
@@ -66,6 +67,14 @@ class Server:
         self._watch: asyncio.Task[None] | None = None
         self._told_at: dict[str, float] = {}
         self._told_away = False
+        self._counts = {"unavailable": 0, "refused": 0, "corrupt": 0}
+        """Failures, by kind."""
+        self._outages = 0
+
+    @property
+    def state(self) -> StoreState:
+        late = self._lookups.late + self._patient_lookups.late
+        return StoreState(self.available, dict(self._counts), self._outages, late)
 
     @property
     def is_writable(self) -> bool:
@@ -125,6 +134,10 @@ class Server:
         if pace == "quick":
             self._failures = 0
         return answer
+
+    def count_corrupt(self) -> None:
+        """Something was there that does not load."""
+        self._counts["corrupt"] += 1
 
     async def ask(self, command: Command) -> Any:
         """Outside of all deadlines and accounts: for those who have their own. Raises `StoreError`."""
@@ -187,19 +200,24 @@ class Server:
         if isinstance(error, StoreRefused):
             # No reason to stop looking things up.
             self._refuses_until_s = _now() + self.config.cooldown_s
+            self._counts["refused"] += 1
             self.warn("Redis refuses to store: %s", error)
-        elif not isinstance(error, StoreCorrupt):
+        elif isinstance(error, StoreCorrupt):
+            self.count_corrupt()
+        else:
             self._count_failure(error, began)
 
     def _count_failure(self, error: StoreError, began: int) -> None:
         """Failures count as in a row only if each call began after the last had failed: one hiccup hits many calls."""
         if self._closed:
             return
+        self._counts["unavailable"] += 1
         if began == self._epoch:
             self._failures += 1
             self._epoch += 1
         if self.available and self._failures >= _FAILURES_TO_DOWN:
             self.available = False
+            self._outages += 1
             self._fell.set()
         if not self.available and self.warn("Redis does not serve, requests go on without the cache: %s", error):
             self._told_away = True

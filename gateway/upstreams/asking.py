@@ -154,6 +154,7 @@ class Asking:
         with named(deployment):
             async with AsyncExitStack() as own:
                 running = await own.enter_async_context(deployment.running())
+                deployment.calls.retries += self._attempts > 0
                 self._attempts += 1
                 try:
                     async with asyncio.timeout(first_byte_s):
