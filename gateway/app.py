@@ -16,7 +16,9 @@ from gateway.eraser import Eraser
 from gateway.errors import StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
+from gateway.http.admission import admitted
 from gateway.http.relay import Relay
+from gateway.limits import Limits
 from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
 from gateway.pump import Rules
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 SERVICE = web.AppKey("service", Service)
 STREAMS = web.AppKey("streams", Streams)
 RUNNING = web.AppKey("running", edge.Running)
+LIMITS = web.AppKey("limits", Limits)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
 RUNNER_OPTIONS: dict[str, Any] = {
     "handler_cancellation": True,
@@ -81,8 +84,9 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
 class Adjustable:
     """What in a running application follows the configuration."""
 
-    def __init__(self, router: Router, rules: CacheRules, admin_key: str) -> None:
+    def __init__(self, router: Router, rules: CacheRules, admin_key: str, limits: Limits) -> None:
         self.router = router
+        self.limits = limits
         self.rules = rules
         self.admin_key = admin_key
         self.relay: Relay | None = None
@@ -92,6 +96,7 @@ class Adjustable:
         config = loaded.config
         self.router.become(router)
         self.rules.become(_cache_rules(config))
+        self.limits.become(config.limits)
         self.admin_key = loaded.secrets.get(config.admin.key_name, "")
         if self.relay:
             self.relay.fallback = _relay_upstream(config, router)
@@ -105,15 +110,17 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     clock = SystemClock()
     access_log = AccessLog()
     sinks: list[Sink] = [access_log] if config.log.access else []
+    limits = Limits(config.limits)
     running = edge.Running()
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
     app[RUNNING] = running
+    app[LIMITS] = limits
     longest_s = max(config.flights.total_timeout_s, *(model.total_timeout_s or 0.0 for model in config.models), 0.0)
     purges = Purges(store, clock, longest_s=longest_s)
     tally = Tally(store)
-    flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally)
+    flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally, limits)
     tenants, rules = Tenants(store), _cache_rules(config)
-    adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key)
+    adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key, limits)
     questions = Questions(router, store, tenants, rules)
     app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
@@ -131,7 +138,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             clock=clock,
         )
         admin.add_routes(app, about, lambda: adjustable.admin_key)
-    _add_routes(app, config, store, router)
+    _add_routes(app, config, store, router, tenants)
     app.router.add_get("/readyz", small.readiness(store, running))
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
@@ -172,18 +179,20 @@ def _flight_rules(config: Config) -> Rules:
     )
 
 
-def _add_routes(app: web.Application, config: Config, store: Store, router: Router) -> None:
-    server = config.server
+def _add_routes(app: web.Application, config: Config, store: Store, router: Router, tenants: Tenants) -> None:
+    server, limits = config.server, app[LIMITS]
     timing = completions.Timing(
         server.head_after_s, server.keepalive_s, server.write_timeout_s, config.redis.lookup_timeout_s
     )
     own: dict[str, list[str]] = {}
     for api in APIS.values():
         handler = completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
+        handler = admitted(handler, limits, tenants)
         own[api.path] = list(completions.METHODS)
         for method in completions.METHODS:
             app.router.add_route(method, f"/v1/{api.path}", handler)
-    app.router.add_get("/v1/streams/{id}", streams.resume(app[STREAMS], app[SERVICE], timing), allow_head=False)
+    resume = admitted(streams.resume(app[STREAMS], app[SERVICE], timing), limits, tenants)
+    app.router.add_get("/v1/streams/{id}", resume, allow_head=False)
     app.router.add_post("/v1/streams/{id}/cancel", streams.cancel(app[STREAMS]))
     app.router.add_get("/v1/streams/{id}/status", streams.status(app[STREAMS]))
     app.router.add_route("*", "/v1/streams/{rest:.*}", streams.unserved)
@@ -195,7 +204,7 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     app.router.add_get("/openapi.json", small.openapi(server.relay_paths, admin=config.admin.is_open))
     app.router.add_get("/", small.root)
     relay = app[ADJUSTABLE].relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
-    app.router.add_route("*", "/v1/{path:.*}", relay.handler())
+    app.router.add_route("*", "/v1/{path:.*}", admitted(relay.handler(), limits, tenants))
 
 
 def _relay_upstream(config: Config, router: Router) -> Upstream | None:

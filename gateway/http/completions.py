@@ -15,6 +15,7 @@ from gateway.core.dialects.openai import END
 from gateway.core.policy import Directives
 from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, UpstreamRefused
 from gateway.http import fields
+from gateway.http.admission import read
 from gateway.http.edge import EXCHANGE, Exchange, Handler
 from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS, Request
@@ -105,18 +106,27 @@ def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Control
 
 
 async def read_json(request: web.Request) -> Any:
-    """The parsed body. Raises `UnsupportedMediaType`, `BodyTooLarge` and `InvalidRequest`."""
+    """The parsed body. Raises `UnsupportedMediaType`, `BodyTooLarge`, `InvalidRequest` and `Overloaded`."""
     kind = request.headers.get("Content-Type")
     if kind is None and request.method == "QUERY":
         raise InvalidRequest("A QUERY must name the type of its content: application/json (RFC 10008 2).")
     if kind is not None and not is_json(kind):
         raise UnsupportedMediaType(f"The content type must be application/json, not {kind!r}.")
+    return parse_json(await read_text(request))
+
+
+async def read_text(request: web.Request) -> bytes:
+    """The body. Raises `BodyTooLarge`, `InvalidRequest` and `Overloaded`."""
     try:
-        text = await request.read()
+        return await read(request)
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.") from None
     except (web.RequestPayloadError, ValueError):
         raise InvalidRequest("The request body could not be read to its end.") from None
+
+
+def parse_json(text: bytes) -> Any:
+    """Raises `InvalidRequest`."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:

@@ -6,7 +6,7 @@ import orjson
 from aiohttp import web
 
 from gateway.errors import InvalidRequest, PathNotFound, UpstreamError
-from gateway.http.completions import UNSTORED, is_json, read_json
+from gateway.http.completions import UNSTORED, is_json, parse_json, read_text
 from gateway.http.edge import EXCHANGE, Handler, not_allowed
 from gateway.ports import GATEWAY_UPSTREAM, Upstream
 from gateway.questions import CREDENTIAL_HEADERS, FORWARDED_HEADERS, Router
@@ -50,10 +50,11 @@ class Relay:
             return self.fallback, None
         if not is_json(request.headers.get("Content-Type", "")):
             return self.fallback, request.content.iter_any()
-        body = await read_json(request)
+        text = await read_text(request)
+        body = parse_json(text)
         model = body.get("model") if isinstance(body, dict) else None
         if model is None:
-            return self.fallback, await request.read()
+            return self.fallback, text
         if not isinstance(model, str):
             raise InvalidRequest("Invalid type for 'model': expected a string.", param="model")
         route = self._router.route(model)
