@@ -9,8 +9,19 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Protocol
 
-from gateway.app import ADJUSTABLE, RUNNER_OPTIONS, RUNNING, SERVICE, SystemClock, announcement, build_app, open_store
+from gateway.app import (
+    ADJUSTABLE,
+    LIMITS,
+    RUNNER_OPTIONS,
+    RUNNING,
+    SERVICE,
+    SystemClock,
+    announcement,
+    build_app,
+    open_store,
+)
 from gateway.config import Loaded, ServerConfig
+from gateway.descriptors import raise_descriptor_limit
 from gateway.errors import ConfigError
 from gateway.http.edge import Running
 from gateway.http.server import HttpServer
@@ -89,13 +100,15 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
     config = loaded.config
     stop = Stop()
     boss.start(stop)
+    raise_descriptor_limit(config.limits)
     async with AsyncExitStack() as stack:
         live = Live(loaded, SystemClock())
         stack.push_async_callback(live.close)
         store, store_described = await open_store(stack, loaded)
         app = build_app(config, store, live.router, loaded.secrets.get(config.admin.key_name, ""))
         live.adjustable = app[ADJUSTABLE]
-        server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS)
+        shared = config.server.workers > 1
+        server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS, app[LIMITS], shared=shared)
         stack.push_async_callback(server.close)
         await server.open()
         sockets = boss.sockets(config.server)

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from aiohttp import web
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from gateway.app import RUNNER_OPTIONS, SERVICE, SystemClock, build_app, open_store
+from gateway.app import ADJUSTABLE, LIMITS, RUNNER_OPTIONS, RUNNING, SERVICE, Adjustable, SystemClock, build_app, open_store
 from gateway.errors import StoreUnavailable
+from gateway.http.server import HttpServer
+from gateway.limits import Limits
 from gateway.service import Service
+from gateway.sockets import bind
 from gateway.store.embedded import server_binary
 from gateway.store.redis import RedisStore
 from gateway.upstreams.fleet import assemble
@@ -178,6 +180,8 @@ class Gateway:
     session: aiohttp.ClientSession
     service: Service
     store: RedisStore
+    limits: Limits
+    adjustable: Adjustable
 
     @property
     def base_url(self) -> str:
@@ -248,10 +252,11 @@ async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
     stack.push_async_callback(fleet.close)
     store, _ = await open_store(stack, loaded)
     app = build_app(loaded.config, store, fleet.router, loaded.secrets.get(loaded.config.admin.key_name, ""))
-    runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    port = runner.addresses[0][1]
+    server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS, app[LIMITS])
+    stack.push_async_callback(server.close)
+    await server.open()
+    (sock,) = bind("127.0.0.1", 0)
+    await server.listen([sock])
     session = await stack.enter_async_context(aiohttp.ClientSession())
-    return Gateway(f"http://127.0.0.1:{port}", session, app[SERVICE], store)
+    origin = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    return Gateway(origin, session, app[SERVICE], store, app[LIMITS], app[ADJUSTABLE])
