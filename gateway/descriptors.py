@@ -14,7 +14,7 @@ _MOST_OF_MACOS = 10_240
 
 
 def raise_descriptor_limit(config: LimitsConfig) -> int | None:
-    """Raises the soft limit to the hard one, and warns where ``config`` allows more than fit. Tells how many there may be."""
+    """Raises the soft limit to the hard one, warns where ``config`` allows more than fit, tells how many may be."""
     try:
         import resource  # noqa: PLC0415  # Windows has none
     except ImportError:

@@ -154,12 +154,12 @@ class Door:
     def has_room(self) -> bool:
         return self._limits.connections.has_room("")
 
-    def make_room(self, idle_s: float = _IDLE_S) -> bool:
+    def make_room(self) -> bool:
         """Closes the connection that has been idle for longest, if there is one; tells whether there was."""
         now_s = asyncio.get_running_loop().time()
         for _ in range(_MAX_LOOKS):
             guest, since_s = next(iter(self._unused.items()), (None, 0.0))
-            if guest is None or now_s - since_s < idle_s:
+            if guest is None or now_s - since_s < _IDLE_S:
                 return False
             del self._unused[guest]
             if guest.transport.get_write_buffer_size():  # its last answer is still on the way
