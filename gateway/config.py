@@ -99,6 +99,17 @@ class ServerConfig(_Section):
     relay_upstream: str = ""
 
 
+class LimitsConfig(_Section):
+    """Of each process; 0: any number."""
+
+    max_connections: CountOrZero = 8192
+    max_streams: CountOrZero = 4096
+    max_flights: CountOrZero = 2048
+    max_held_bytes: CountOrZero = 268_435_456
+    max_streams_per_tenant: CountOrZero = 0
+    max_flights_per_tenant: CountOrZero = 0
+
+
 class RedisConfig(_Section):
     url: Annotated[str, Field(repr=False)] = "embedded"
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "gw"
@@ -405,6 +416,7 @@ class Config(_Section):
     """All that can be configured, at its defaults."""
 
     server: ServerConfig = ServerConfig()
+    limits: LimitsConfig = LimitsConfig()
     redis: RedisConfig = RedisConfig()
     cache: CacheConfig = CacheConfig()
     flights: FlightsConfig = FlightsConfig()

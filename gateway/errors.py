@@ -283,6 +283,26 @@ class NotCached(Unavailable):
     detail = "not-cached"
 
 
+class Overloaded(Unavailable):
+    """The process has taken on all that it may: see ``[limits]``."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+
+
+class TenantOverloaded(RequestError):
+    """The tenant has all that one may have at a time; in the form of OpenAI's own limits, which clients know."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+
+
 class ShuttingDown(Unavailable):
     """The process is ending, and the time for running streams is over."""
 
@@ -319,10 +339,11 @@ def retold(what: Mapping[str, Any]) -> GatewayError:
 
 
 def is_outage(error: GatewayError) -> bool:
-    """Whether an upstream could not answer for now, so that a stale answer may stand in (RFC 5861 4): it refused with 429
-    or 5xx, took too long, could not be reached, or broke off.
+    """Whether there is no answer for now, so that a stale one may stand in (RFC 5861 4): the upstream refused with 429 or
+    5xx, took too long, could not be reached, or broke off; or it was not asked, since too many calls run already.
     """
-    return isinstance(error, UpstreamError | Retold) and (error.status == 429 or error.status >= 500)
+    outage = isinstance(error, UpstreamError | Retold | Overloaded | TenantOverloaded)
+    return outage and (error.status == 429 or error.status >= 500)
 
 
 def is_broken_off(error: GatewayError) -> bool:

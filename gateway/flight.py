@@ -24,6 +24,7 @@ from gateway.errors import (
     UpstreamBroke,
     UpstreamReported,
 )
+from gateway.limits import Held
 from gateway.ports import FlightId, LogName, Served
 
 _MAX_BYTES = 33_554_432
@@ -79,6 +80,7 @@ class Flight:
         started_at: float,
         max_bytes: int = _MAX_BYTES,
         assemble: bool = True,
+        held: Held | None = None,
     ) -> None:
         self.api = api
         self.name = name
@@ -135,6 +137,7 @@ class Flight:
         """Called when the last reader has gone."""
         self.max_bytes = max_bytes
         self._dropped_bytes = 0
+        self._holding = held.holding() if held else None
         self._assembler = api.assembler() if assemble else None
         self.recorder = Recorder(self._assembler)
         self.frames: list[Frame] = self.recorder.frames
@@ -243,11 +246,13 @@ class Flight:
     def seal(self, recording: Recording) -> None:
         """From now on the answer is a recording: newcomers are served from it."""
         self.recording = recording
+        self._count_bytes()
         self.wake()
 
     def retire(self) -> None:
         """The table lets go of this flight."""
         self.retired = True
+        self._count_bytes()
         self.wake()
 
     def keep(self, *, kept: bool, why_not: str = "") -> None:
@@ -319,11 +324,14 @@ class Flight:
         self.joins += 1
         self.followers.add(reader)
         if self.readers == 1:
+            self._count_bytes()
             self.on_read()
 
     def leave(self, reader: Follower) -> None:
         self.readers -= 1
         self.followers.discard(reader)
+        if not self.readers:
+            self._count_bytes()
         self.check_readers(dismissed=getattr(reader, "nonce", None) in self.cancelled)
 
     def check_readers(self, *, dismissed: bool) -> None:
@@ -347,7 +355,19 @@ class Flight:
     def _grew(self) -> None:
         if self.recorder.size_bytes - self._dropped_bytes > self.max_bytes:
             self._make_room()
+        self._count_bytes()
         self.wake()
+
+    def _count_bytes(self) -> None:
+        """What is in memory because of it: nothing once neither the table nor a reader holds it."""
+        if self._holding is None:
+            return
+        size_bytes = 0
+        if self.readers or not self.retired:
+            size_bytes = self.recorder.size_bytes - self._dropped_bytes + len(self._whole or b"")
+            if self.recording:
+                size_bytes += self.recording.size_bytes
+        self._holding.become(size_bytes)
 
     def _make_room(self) -> None:
         self.overflowed = True

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from gateway.app import (
     ADJUSTABLE,
     ADMIN_APP,
+    LIMITS,
     METRICS,
     RUNNER_OPTIONS,
     RUNNING,
@@ -22,11 +23,13 @@ from gateway.app import (
     open_store,
     patience,
 )
-from gateway.config import AdminConfig, Loaded, ServerConfig
+from gateway.config import AdminConfig, LimitsConfig, Loaded, ServerConfig
+from gateway.descriptors import raise_descriptor_limit
 from gateway.errors import ConfigError
 from gateway.http.connection import Patience
 from gateway.http.edge import Running
 from gateway.http.server import HttpServer
+from gateway.limits import Limits
 from gateway.live import Live
 from gateway.metrics import Metrics
 from gateway.reload import tell_of_change, tell_of_refusal
@@ -117,6 +120,7 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
     config = loaded.config
     stop = Stop()
     boss.start(stop)
+    raise_descriptor_limit(config.limits)
     async with AsyncExitStack() as stack:
         live = Live(loaded, SystemClock())
         stack.push_async_callback(live.close)
@@ -125,7 +129,8 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         live.adjustable = app[ADJUSTABLE]
         boss.share(app[METRICS])
         operators = await _open_operators(stack, app, patience(config))  # below: whoever watches the end sees all of it
-        server = HttpServer(app, app[RUNNING], patience(config), RUNNER_OPTIONS)
+        shared = config.server.workers > 1
+        server = HttpServer(app, app[RUNNING], patience(config), app[LIMITS], RUNNER_OPTIONS, shared=shared)
         stack.push_async_callback(server.close)
         await server.open()
         sockets, admin_sockets = boss.sockets(config.server), boss.admin_sockets(config.admin)
@@ -153,7 +158,8 @@ async def _open_operators(stack: AsyncExitStack, app: Any, patience: Patience) -
     """What serves operators at an address of their own, where they have one: to the very end."""
     if ADMIN_APP not in app:
         return None
-    server = HttpServer(app[ADMIN_APP], Running(), patience, RUNNER_OPTIONS)
+    limits = Limits(LimitsConfig(max_connections=0))  # callers cannot get here, so they cannot fill it
+    server = HttpServer(app[ADMIN_APP], Running(), patience, limits, RUNNER_OPTIONS)
     stack.push_async_callback(server.close)
     await server.open()
     return server

@@ -18,10 +18,23 @@ from aiohttp import web
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from gateway.app import RUNNER_OPTIONS, SERVICE, SystemClock, build_app, open_store, patience
+from gateway.app import (
+    ADJUSTABLE,
+    LIMITS,
+    RUNNER_OPTIONS,
+    RUNNING,
+    SERVICE,
+    Adjustable,
+    SystemClock,
+    build_app,
+    open_store,
+    patience,
+)
 from gateway.errors import StoreUnavailable
-from gateway.http.connection import Runner
+from gateway.http.server import HttpServer
+from gateway.limits import Limits
 from gateway.service import Service
+from gateway.sockets import bind
 from gateway.store.embedded import server_binary
 from gateway.store.redis import RedisStore
 from gateway.upstreams.fleet import assemble
@@ -231,7 +244,13 @@ class Gateway:
     session: aiohttp.ClientSession
     service: Service
     store: RedisStore
-    runner: web.AppRunner
+    server: HttpServer
+    limits: Limits
+    adjustable: Adjustable
+
+    @property
+    def runner(self) -> web.AppRunner:
+        return self.server._runner
 
     @property
     def base_url(self) -> str:
@@ -302,10 +321,11 @@ async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
     stack.push_async_callback(fleet.close)
     store, _ = await open_store(stack, loaded)
     app = build_app(loaded.config, store, fleet.router, loaded.secrets.get(loaded.config.admin.key_name, ""))
-    runner = Runner(app, patience(loaded.config), shutdown_timeout=1.0, **RUNNER_OPTIONS)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    port = runner.addresses[0][1]
+    server = HttpServer(app, app[RUNNING], patience(loaded.config), app[LIMITS], RUNNER_OPTIONS)
+    stack.push_async_callback(server.close)
+    await server.open()
+    (sock,) = bind("127.0.0.1", 0)
+    await server.listen([sock])
     session = await stack.enter_async_context(aiohttp.ClientSession())
-    return Gateway(f"http://127.0.0.1:{port}", session, app[SERVICE], store, runner)
+    origin = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    return Gateway(origin, session, app[SERVICE], store, server, app[LIMITS], app[ADJUSTABLE])

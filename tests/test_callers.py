@@ -294,9 +294,8 @@ async def slow_callers(gateway, *sent):
     """Callers who send that, and read only what they are told to; the kernel holds little for either side."""
     sockets = []
     loop = asyncio.get_running_loop()
-    [site] = gateway.runner.sites
-    for listening in site._server.sockets:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+    for acceptor in gateway.server._acceptors:
+        acceptor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
     try:
         for data in sent:
             sock = socket.socket()

@@ -6,8 +6,11 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from gateway.errors import BodyTooLarge, InvalidRequest, RequestTooSlow, UnsupportedMediaType
+from gateway.limits import Holding
 
 READ_TIMEOUT_S = web.AppKey("read_timeout_s", float)
+HOLDING: web.RequestKey[Holding] = web.RequestKey("holding", Holding)
+"""Where the bytes of a body are counted while it is held."""
 _LEAST_BYTES_PER_S = 1000
 """So many bytes of a body buy it a second more, as with Apache's mod_reqtimeout: a trickle ends, a large upload goes on."""
 _CODINGS = ("gzip", "deflate", "br", "zstd", "identity")
@@ -15,11 +18,14 @@ _CODINGS = ("gzip", "deflate", "br", "zstd", "identity")
 
 
 async def read(request: web.Request) -> bytes:
-    """All of the body. Raises `BodyTooLarge`, and the errors of `pieces`."""
+    """All of the body. Raises `BodyTooLarge`, `Overloaded`, and the errors of `pieces`."""
+    holding = request.get(HOLDING)
     request.content.set_read_chunk_size(request.client_max_size)  # what is compressed comes in fewer pieces
     body = bytearray()
     async for piece in pieces(request):
         body += piece
+        if holding:
+            holding.grow(len(piece))
         if len(body) > request.client_max_size:
             raise BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.")
     return bytes(body)

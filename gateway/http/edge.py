@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -80,6 +81,7 @@ class Exchange:
         headers = {"X-Request-Id": self.request_id, "Cache-Status": self.cache_status, "Server": "gateway"}
         if self.running.draining:
             self.closes = True
+        if self.closes:
             headers["Connection"] = "close"
         return headers
 
@@ -87,8 +89,20 @@ class Exchange:
 EXCHANGE: web.RequestKey[Exchange] = web.RequestKey("exchange", Exchange)
 
 
+class Connections(Protocol):
+    """Who keeps the connections, and has to know which are in use."""
+
+    def begin(self, transport: asyncio.BaseTransport | None) -> bool:
+        """A request is being served; tells whether it has to be the connection's last one."""
+        ...
+
+    def end(self, transport: asyncio.BaseTransport | None) -> None: ...
+
+
 class Running:
     """How many requests are being served, and whether more are wanted."""
+
+    connections: Connections | None = None
 
     def __init__(self) -> None:
         self.draining = False
@@ -106,11 +120,15 @@ class Running:
         """How many requests are being served."""
         return self._count
 
-    def begin(self) -> None:
+    def begin(self, transport: asyncio.BaseTransport | None) -> bool:
+        """Tells whether the request has to be the last one of its connection."""
         self._count += 1
         self._none.clear()
+        return self.connections is not None and self.connections.begin(transport)
 
-    def end(self) -> None:
+    def end(self, transport: asyncio.BaseTransport | None) -> None:
+        if self.connections:
+            self.connections.end(transport)
         self._count -= 1
         if not self._count:
             self._none.set()
@@ -128,7 +146,8 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
     async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         exchange = request[EXCHANGE] = Exchange(request, draw.getrandbits(96), running)
         status, sent = _CLIENT_CLOSED, 0
-        running.begin()
+        transport = request.transport
+        exchange.closes = running.begin(transport)
         try:
             response = await _answer(request, handler, exchange)
             status, sent = (_CLIENT_CLOSED if exchange.left else response.status), _bytes_sent(response)
@@ -136,7 +155,7 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
                 response.force_close()
             return response
         finally:
-            running.end()
+            running.end(transport)
             details = RequestDetails(
                 request_id=exchange.request_id,
                 method=request.method,
