@@ -23,6 +23,8 @@ ONLY_IN = {
     "aiohttp.web": ["gateway/http/", "gateway/app.py"],
     "aiohttp.typedefs": ["gateway/http/", "gateway/app.py", "gateway/upstreams/"],
     "aiohttp.http_exceptions": ["gateway/http/"],
+    "aiohttp.streams": ["gateway/http/connection.py"],
+    "aiohttp.web_protocol": ["gateway/http/connection.py"],
     "aiohttp.hdrs": ["gateway/http/", "gateway/app.py", "gateway/upstreams/"],
     "gateway.store": ["gateway/store/", "gateway/app.py"],
     "gateway.upstreams": ["gateway/upstreams/", "gateway/app.py"],
