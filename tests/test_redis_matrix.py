@@ -370,6 +370,8 @@ async def test_a_redis_that_is_away_is_asked_nothing_by_requests(start_gateway, 
     while gateway.store.available:
         await are_served(gateway, "asked until it counts as away")
     await gateway.landed()
+    paces = gateway.store._server._paces.values()
+    await until(lambda: not any(lookups._running for lookups in paces))
     before = rig.proxy.asked
     for number in range(20):
         await are_served(gateway, f"asked {number}")

@@ -60,6 +60,8 @@ class Server:
         self._failures = 0
         self._epoch = 0
         """How many failures in a row were counted: a call that began in an earlier epoch was hit by one that was counted."""
+        self.on_corrupt: Callable[[Command, StoreCorrupt], object] = lambda *_: None
+        """Called where a script has met something that is not ours."""
         self._refuses_until_s = float("-inf")
         self._closed = False
         self._fell = asyncio.Event()
@@ -121,6 +123,8 @@ class Server:
             answer = await self._paces[pace].run(command)
         except StoreError as error:
             self._failed(error, began)
+            if isinstance(error, StoreCorrupt):
+                self.on_corrupt(command, error)
             raise
         if pace == "quick":
             self._failures = 0
@@ -162,6 +166,9 @@ class Server:
                 self._failed(error, began)
                 raise
         answers = [as_store_error(answer) if isinstance(answer, Exception) else answer for answer in answers]
+        for command, answer in zip(commands, answers, strict=True):
+            if isinstance(answer, StoreCorrupt):
+                self.on_corrupt(command, answer)
         failures = [answer for answer in answers if isinstance(answer, StoreError)]
         for failure in {type(failure): failure for failure in failures}.values():
             # One node of a cluster that fails does not speak for the others.
