@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -209,8 +209,10 @@ class Service:
     async def _start(self, question: Question, miss: Disposition, seen_us: int) -> Opened | None:
         """Begins a flight, which may turn out to follow another replica's; None where its recording has landed meanwhile."""
         _check_that_asking_is_allowed(question.request)
-        flight = self._flights.start(self._questions.plan(question, newer_than_us=seen_us))
-        return await self._opened_when_resolved(question, flight, miss)
+        plan = self._questions.plan(question, newer_than_us=seen_us)
+        if miss.detail == "store-unavailable":
+            plan = replace(plan, claims=False)
+        return await self._opened_when_resolved(question, self._flights.start(plan), miss)
 
     async def _join(self, question: Question, flight: Flight, miss: Disposition) -> Opened | None:
         if flight.outcome and (recording := await flight.sealed()):

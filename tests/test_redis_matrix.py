@@ -363,6 +363,17 @@ async def test_no_token_is_held_up_by_a_redis_that_takes_seconds(start_gateway, 
     assert len(upstream.asked) == 1
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_who_has_waited_for_a_lookup_does_not_wait_for_redis_again(start_gateway, rig, upstream, stream):
+    """By the ends of the waits: the upstream is asked after one deadline, and its answer is passed on at once."""
+    gateway = await start_gateway(redis={"url": rig.proxy.url, **SETTINGS, "lookup_timeout_s": 1.0})
+    rig.proxy.delay_s = 60
+    async with asyncio.timeout(1.0 + 0.9):
+        assert UNAVAILABLE in await is_served(gateway, "asked", stream=stream)
+    assert gateway.store.available
+    assert scripts.CLAIM.digest.encode() not in rig.proxy.asked
+
+
 async def test_a_redis_that_is_away_is_asked_nothing_by_requests(start_gateway, rig):
     """So none can wait for it: only the watch looks, once in a while."""
     gateway = await start_gateway(redis={"url": rig.proxy.url, **SETTINGS, "cooldown_s": 60.0})
@@ -377,5 +388,5 @@ async def test_a_redis_that_is_away_is_asked_nothing_by_requests(start_gateway, 
         await are_served(gateway, f"asked {number}")
     await gateway.landed()
     asked = rig.proxy.asked[len(before) :]
-    assert b"EVAL" not in asked
     assert b"HMGET" not in asked
+    assert scripts.CLAIM.digest.encode() not in asked

@@ -106,8 +106,7 @@ class RedisStore(Logs, RedisInventory):
         writer: Writer | None = None,
         end: bytes = b"",
     ) -> bool:
-        self._server.check_writable()
-        with self._room_for(recording.size_bytes):
+        with self._server.writing(), self._room_for(recording.size_bytes):
             recorded = await self._recorded(recording)
             own = replaced = LogName(key, FlightId(recording.meta.flight))
             for attempt in range(_STORE_TRIES):

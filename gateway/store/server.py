@@ -5,8 +5,8 @@ After a few failures in a row it counts as away: nobody waits for it, until a wa
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from redis.asyncio.cluster import RedisCluster
@@ -74,11 +74,21 @@ class Server:
         """Whether it is there and has refused no write lately."""
         return self.available and _now() >= self._refuses_until_s
 
-    def check_writable(self) -> None:
-        """For what has to be written, and costs something to try. Raises `StoreUnavailable`."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around a write that costs something to try: once one is refused, nobody tries for a moment.
+
+        Raises `StoreUnavailable`.
+        """
         self._refuse_if_away()
         if not self.is_writable:
             raise StoreRefused("the store refuses to store")
+        try:
+            yield
+        except StoreRefused:
+            if not self.has_nodes:  # of which one does not speak for the others
+                self._refuses_until_s = _now() + self.config.cooldown_s
+            raise
 
     @property
     def has_nodes(self) -> bool:
@@ -193,7 +203,6 @@ class Server:
         """What the failure of more than a lookup says of the server."""
         if isinstance(error, StoreRefused):
             # No reason to stop looking things up.
-            self._refuses_until_s = _now() + self.config.cooldown_s
             self.warn("Redis refuses to store: %s", error)
         elif not isinstance(error, StoreCorrupt):
             self._count_failure(error, began)
