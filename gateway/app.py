@@ -17,7 +17,11 @@ from gateway.errors import StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
 from gateway.http import metrics as metrics_http
+from gateway.http.admission import admitted
+from gateway.http.body import READ_TIMEOUT_S
+from gateway.http.connection import Patience
 from gateway.http.relay import Relay
+from gateway.limits import Limits
 from gateway.metrics import Metrics, Sources
 from gateway.observe import AccessLog, Sink, UpstreamState
 from gateway.ports import Store, Upstream
@@ -43,6 +47,7 @@ RUNNING = web.AppKey("running", edge.Running)
 METRICS = web.AppKey("metrics", Metrics)
 ADMIN_APP = web.AppKey("admin_app", web.Application)
 """What is served at ``[admin] listen``, where that is configured."""
+LIMITS = web.AppKey("limits", Limits)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
 RUNNER_OPTIONS: dict[str, Any] = {
     "handler_cancellation": True,
@@ -87,8 +92,9 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
 class Adjustable:
     """What in a running application follows the configuration."""
 
-    def __init__(self, router: Router, rules: CacheRules, admin_key: str) -> None:
+    def __init__(self, router: Router, rules: CacheRules, admin_key: str, limits: Limits) -> None:
         self.router = router
+        self.limits = limits
         self.rules = rules
         self.admin_key = admin_key
         self.relay: Relay | None = None
@@ -98,6 +104,7 @@ class Adjustable:
         config = loaded.config
         self.router.become(router)
         self.rules.become(_cache_rules(config))
+        self.limits.become(config.limits)
         self.admin_key = loaded.secrets.get(config.admin.key_name, "")
         if self.relay:
             self.relay.fallback = _relay_upstream(config, router)
@@ -113,19 +120,20 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     """
     clock = SystemClock()
     access_log = AccessLog()
-    running = edge.Running()
+    limits, running = Limits(config.limits), edge.Running()
     longest_s = max(config.flights.total_timeout_s, *(model.total_timeout_s or 0.0 for model in config.models), 0.0)
     purges = Purges(store, clock, longest_s=longest_s)
     tally = Tally(store)
-    flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally)
+    flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally, limits)
     metrics = Metrics(Sources(running, flights, tally, lambda: store.state, lambda: _states(router)))
     sinks: list[Sink] = [access_log] if config.log.access else []
     if config.metrics.enabled:
         sinks.append(metrics.requests)
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
-    app[RUNNING], app[METRICS] = running, metrics
+    app[LIMITS] = limits
+    app[RUNNING], app[METRICS], app[READ_TIMEOUT_S] = running, metrics, config.server.read_timeout_s
     tenants, rules = Tenants(store), _cache_rules(config)
-    adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key)
+    adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key, limits)
     questions = Questions(router, store, tenants, rules)
     app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
@@ -135,6 +143,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
         # Of what runs here nothing is waited for when the process ends, and nothing is refused.
         around = edge.middleware(sinks, edge.Running())
         operators = app[ADMIN_APP] = web.Application(middlewares=[around], client_max_size=config.server.max_body_bytes)
+        operators[READ_TIMEOUT_S] = config.server.read_timeout_s
         _add_health(operators, store, running)
         operators.router.add_get("/openapi.json", small.openapi_of_operators(config))
     if admin_key and config.admin.is_open:
@@ -152,7 +161,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
         admin.add_routes(operators, about, lambda: adjustable.admin_key)
     if config.metrics.enabled:
         operators.router.add_get("/metrics", _metrics_handler(config, metrics, adjustable))
-    _add_routes(app, config, router)
+    _add_routes(app, config, router, tenants)
     _add_health(app, store, running)
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
@@ -215,18 +224,20 @@ def _flight_rules(config: Config) -> Rules:
     )
 
 
-def _add_routes(app: web.Application, config: Config, router: Router) -> None:
-    server = config.server
+def _add_routes(app: web.Application, config: Config, router: Router, tenants: Tenants) -> None:
+    server, limits = config.server, app[LIMITS]
     timing = completions.Timing(
         server.head_after_s, server.keepalive_s, server.write_timeout_s, config.redis.lookup_timeout_s
     )
     own: dict[str, list[str]] = {}
     for api in APIS.values():
         handler = completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
+        handler = admitted(handler, limits, tenants)
         own[api.path] = list(completions.METHODS)
         for method in completions.METHODS:
             app.router.add_route(method, f"/v1/{api.path}", handler)
-    app.router.add_get("/v1/streams/{id}", streams.resume(app[STREAMS], app[SERVICE], timing), allow_head=False)
+    resume = admitted(streams.resume(app[STREAMS], app[SERVICE], timing), limits, tenants)
+    app.router.add_get("/v1/streams/{id}", resume, allow_head=False)
     app.router.add_post("/v1/streams/{id}/cancel", streams.cancel(app[STREAMS]))
     app.router.add_get("/v1/streams/{id}/status", streams.status(app[STREAMS]))
     app.router.add_route("*", "/v1/streams/{rest:.*}", streams.unserved)
@@ -236,8 +247,10 @@ def _add_routes(app: web.Application, config: Config, router: Router) -> None:
     own["models"] = ["GET", "HEAD"]
     app.router.add_get("/openapi.json", small.openapi(config))
     app.router.add_get("/", small.root)
-    relay = app[ADJUSTABLE].relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
-    app.router.add_route("*", "/v1/{path:.*}", relay.handler())
+    relay = app[ADJUSTABLE].relay = Relay(
+        router, _relay_upstream(config, router), server.relay_paths, own, server.write_timeout_s
+    )
+    app.router.add_route("*", "/v1/{path:.*}", admitted(relay.handler(), limits, tenants))
 
 
 def _relay_upstream(config: Config, router: Router) -> Upstream | None:
@@ -255,6 +268,11 @@ async def rehearse(loaded: Loaded) -> None:
     if loaded.config.redis.url != "embedded":
         await connect(loaded.config.redis, loaded.config.redis.url).aclose()
     await fleet.close()
+
+
+def patience(config: Config) -> Patience:
+    """What `Runner` is to have with callers."""
+    return Patience(config.server.read_timeout_s, config.server.write_timeout_s)
 
 
 def announcement(address: Any, admin_address: Any, config: Config, store: str) -> str:

@@ -23,6 +23,7 @@ from gateway.errors import (
 )
 from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome
 from gateway.keeping import may_be_kept, recorded
+from gateway.limits import Limits, Place
 from gateway.mirror import Mirror
 from gateway.ports import Clock, FlightId, LogName, Store
 from gateway.pump import Plan, Pump, Rules
@@ -62,9 +63,17 @@ class Flights:
     """The table of flights."""
 
     def __init__(  # noqa: PLR0913, PLR0917  # all that a flight touches
-        self, store: Store, purges: Purges, clock: Clock, rules: Rules, new_id: NewId, tally: Tally
+        self,
+        store: Store,
+        purges: Purges,
+        clock: Clock,
+        rules: Rules,
+        new_id: NewId,
+        tally: Tally,
+        limits: Limits | None = None,
     ) -> None:
         self._store = store
+        self.limits = limits or Limits()
         self._tally = tally
         self._purges = purges
         purges.on_learned = self.purge
@@ -76,6 +85,8 @@ class Flights:
         self._by_name: dict[LogName, Flight] = {}
         self._shared: dict[Flight, Shared] = {}
         self._tasks: dict[Flight, asyncio.Task[None]] = {}
+        self._places: dict[Flight, Place] = {}
+        """Of those that call an upstream, or are about to: who only reads another replica's log has none."""
         self._endings: dict[Flight, Outcome] = {}
         self._graces: dict[Flight, asyncio.TimerHandle] = {}
         self._unread_since: dict[Flight, tuple[int, float]] = {}
@@ -106,14 +117,20 @@ class Flights:
         return None if shared and shared.fenced and flight and flight.run != run else flight
 
     def start(self, plan: Plan) -> Flight:
-        """Begins an upstream call in a task of its own, or follows the one that another replica has begun."""
+        """Begins an upstream call in a task of its own, or follows the one that another replica has begun.
+
+        Raises `Overloaded` and `TenantOverloaded`.
+        """
+        place = self.limits.begin_call(plan.tenant)
         name = None if plan.key is None else LogName(plan.key, FlightId(self._new_id(8)))
-        # What is not kept, and not joined, is assembled only for a caller who wants it whole.
-        flight = self._flight(plan.call.api, name, assemble=name is not None or not plan.call.streamed)
+        # What is not kept is assembled only for a caller who wants it whole.
+        kept = name is not None and self._store.is_writable
+        flight = self._flight(plan.call.api, name, assemble=kept or not plan.call.streamed)
         flight.labels, flight.background = plan.labels, plan.background
         flight.replaces = plan.background or plan.newer_than_us >= 0
         if plan.key is not None and plan.joinable:
             self._by_key[plan.key] = flight
+        self._places[flight] = place
         self._drive(flight, plan, partial(self._fly, flight, plan))
         return flight
 
@@ -178,7 +195,13 @@ class Flights:
     def _flight(self, api: Api, name: LogName | None, *, assemble: bool = True) -> Flight:
         terms = self._rules.terms
         return Flight(
-            api, name, self._new_id(4), started_at=self._clock.now(), max_bytes=terms.max_flight_bytes, assemble=assemble
+            api,
+            name,
+            self._new_id(4),
+            started_at=self._clock.now(),
+            max_bytes=terms.max_flight_bytes,
+            assemble=assemble,
+            held=self.limits.held,
         )
 
     # What drives a flight
@@ -191,6 +214,7 @@ class Flights:
 
     def _landed(self, flight: Flight, task: asyncio.Task[None]) -> None:  # noqa: ARG002  # a callback's argument
         del self._tasks[flight]
+        self._give_place_back(flight)
         self._endings.pop(flight, None)
         if flight.outcome is None and flight.resolution != "landed":  # cancelled before its first step: nothing has run
             flight.close(Failed(ShuttingDown(_CLOSING)))
@@ -231,6 +255,7 @@ class Flights:
             return True
         if claimed.landed or (claimed.follow and plan.background and not flight.readers):
             self._forget(flight)  # what it would say is there, or another replica is at it
+            self._give_place_back(flight)
             flight.resolve("landed")
             return False
         if claimed.follow is None or claimed.follow == name.flight:
@@ -239,6 +264,7 @@ class Flights:
         purged, known = await self._was_purged(there, plan), self._by_name.get(there)
         if purged or (known and (known.outcome or not known.is_joinable)):
             return True
+        self._give_place_back(flight)
         if known:
             flight.instead = known
             self._by_key[name.key] = known
@@ -262,7 +288,13 @@ class Flights:
             return bool(head) and self._purges.cover(labels, orjson.loads(head)["started_at"])
         return False
 
+    def _give_place_back(self, flight: Flight) -> None:
+        if place := self._places.pop(flight, None):
+            place.release()
+
     async def _lead(self, flight: Flight, plan: Plan, continuation: Continuation | None = None) -> None:
+        if flight not in self._places:  # a stream that has begun goes on, however many there are
+            self._places[flight] = self.limits.flights.take_anyway(plan.tenant)
         flight.on_unread = partial(self._unread, flight, plan)
         flight.labels = flight.labels or plan.labels  # who only resumed it did not know them
         if flight.name:
@@ -423,7 +455,7 @@ class Flights:
         """Ends the log, and seals a recording if the rules allow. From here on newcomers find this flight, if no later one
         has taken its place.
         """
-        recording = recorded(flight, plan, self._clock.now())
+        recording = recorded(flight, plan, self._clock.now(), writable=self._store.is_writable)
         if recording is None:
             flight.close(Complete())
             flight.kept = False

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from gateway.app import (
     ADJUSTABLE,
     ADMIN_APP,
+    LIMITS,
     METRICS,
     RUNNER_OPTIONS,
     RUNNING,
@@ -20,11 +21,15 @@ from gateway.app import (
     announcement,
     build_app,
     open_store,
+    patience,
 )
-from gateway.config import AdminConfig, Loaded, ServerConfig
+from gateway.config import AdminConfig, LimitsConfig, Loaded, ServerConfig
+from gateway.descriptors import raise_descriptor_limit
 from gateway.errors import ConfigError
+from gateway.http.connection import Patience
 from gateway.http.edge import Running
 from gateway.http.server import HttpServer
+from gateway.limits import Limits
 from gateway.live import Live
 from gateway.metrics import Metrics
 from gateway.reload import tell_of_change, tell_of_refusal
@@ -115,6 +120,7 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
     config = loaded.config
     stop = Stop()
     boss.start(stop)
+    raise_descriptor_limit(config.limits)
     async with AsyncExitStack() as stack:
         live = Live(loaded, SystemClock())
         stack.push_async_callback(live.close)
@@ -122,8 +128,9 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         app = build_app(config, store, live.router, loaded.secrets.get(config.admin.key_name, ""))
         live.adjustable = app[ADJUSTABLE]
         boss.share(app[METRICS])
-        operators = await _open_operators(stack, app)  # below: whoever watches the end sees all of it
-        server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS)
+        operators = await _open_operators(stack, app, patience(config))  # below: whoever watches the end sees all of it
+        shared = config.server.workers > 1
+        server = HttpServer(app, app[RUNNING], patience(config), app[LIMITS], RUNNER_OPTIONS, shared=shared)
         stack.push_async_callback(server.close)
         await server.open()
         sockets, admin_sockets = boss.sockets(config.server), boss.admin_sockets(config.admin)
@@ -147,11 +154,12 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
                     await server.ended()
 
 
-async def _open_operators(stack: AsyncExitStack, app: Any) -> HttpServer | None:
+async def _open_operators(stack: AsyncExitStack, app: Any, patience: Patience) -> HttpServer | None:
     """What serves operators at an address of their own, where they have one: to the very end."""
     if ADMIN_APP not in app:
         return None
-    server = HttpServer(app[ADMIN_APP], Running(), RUNNER_OPTIONS)
+    limits = Limits(LimitsConfig(max_connections=0))  # callers cannot get here, so they cannot fill it
+    server = HttpServer(app[ADMIN_APP], Running(), patience, limits, RUNNER_OPTIONS)
     stack.push_async_callback(server.close)
     await server.open()
     return server

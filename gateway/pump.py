@@ -53,6 +53,8 @@ class Plan:
     """The key of the question, where the answer is another sample than the first."""
     why_not: str = ""
     """A word for why the answer must not be stored, where that is known from the beginning."""
+    tenant: str = ""
+    """Whose call it is for ``[limits]``."""
     background: bool = False
     """Whether nobody waits for it: it is to be stored, to replace a stale answer or to be another sample."""
     newer_than_us: int = -1

@@ -14,16 +14,20 @@ from gateway.core.stream_id import NO_RUN, StreamId, mint, traceable_digits
 from gateway.errors import (
     GatewayError,
     NotCached,
+    Overloaded,
     ShuttingDown,
     StoreAway,
     StoreError,
     StoreUnavailable,
     StreamCancelled,
+    TenantOverloaded,
     UpstreamRefused,
+    is_broken_off,
     is_outage,
 )
 from gateway.flight import Flight
 from gateway.flights import Flights
+from gateway.limits import Holding
 from gateway.ports import Clock, FlightId, LogName, Store
 from gateway.pump import Plan
 from gateway.purges import Purges
@@ -75,7 +79,7 @@ class Service:
         self._clock = clock
         self._purges = purges
         self._tally = tally
-        self.replays: set[RecordingReader] = set()
+        self.replays: dict[RecordingReader, Holding] = {}
         """Those that go on."""
         self._watches: dict[RecordingReader, asyncio.Task[None]] = {}
         self._samples = Samples(store, purges, clock, order=rules.sample_order, seed=rules.sample_seed)
@@ -104,11 +108,17 @@ class Service:
         reader = opened.reader.reader if isinstance(opened.reader, StandIn) else opened.reader
         reader.leave()
         if isinstance(reader, RecordingReader):
-            self.replays.discard(reader)
+            if holding := self.replays.pop(reader, None):
+                holding.become(0)
             if watch := self._watches.pop(reader, None):
                 watch.cancel()
         if opened.model:  # a resumed stream was counted when it was asked for
             self._count(reader, opened)
+
+    def begin_replay(self, reader: RecordingReader) -> None:
+        """From now on it goes on, until it is given back to `leave`."""
+        holding = self.replays[reader] = self._flights.limits.held.holding()
+        holding.become(reader.recording.size_bytes)
 
     async def close(self) -> None:
         """Ends all running answers with an error that their callers are told."""
@@ -189,8 +199,10 @@ class Service:
             return
         if len(self._refreshed) >= _MAX_REFRESHED:
             self._refreshed.clear()
-        self._refreshed[key] = now_s
-        self._flights.start(self._questions.plan(question, background=True, newer_than_us=seen_us))
+        plan = self._questions.plan(question, background=True, newer_than_us=seen_us)
+        if self._flights.limits.check_call(plan.tenant):  # else what is needed now has the place
+            self._refreshed[key] = now_s
+            self._flights.start(plan)
 
     async def _sample(self, question: Question) -> Question:
         """The sample whose turn it is; where there are fewer than there may be, one more is fetched."""
@@ -209,8 +221,18 @@ class Service:
     async def _start(self, question: Question, miss: Disposition, seen_us: int) -> Opened | None:
         """Begins a flight, which may turn out to follow another replica's; None where its recording has landed meanwhile."""
         _check_that_asking_is_allowed(question.request)
-        flight = self._flights.start(self._questions.plan(question, newer_than_us=seen_us))
+        try:
+            flight = self._flights.start(self._questions.plan(question, newer_than_us=seen_us))
+        except (Overloaded, TenantOverloaded) as error:
+            return await self._stale_or_none(question, error)
         return await self._opened_when_resolved(question, flight, miss)
+
+    async def _stale_or_none(self, question: Question, error: GatewayError) -> Opened:
+        """A stored answer in the place of a call that may not begin. Raises ``error`` where none will do."""
+        window_s = question.request.directives.error_window_s(question.rules.stale_if_error_s)
+        if window_s > 0 and (found := await self._stale(question, window_s, error)):
+            return self._replay(question, *found)
+        raise error
 
     async def _join(self, question: Question, flight: Flight, miss: Disposition) -> Opened | None:
         if flight.outcome and (recording := await flight.sealed()):
@@ -238,16 +260,41 @@ class Service:
         return self._unless_it_fails(question, self._opened(question, reader, disposition))
 
     def _unless_it_fails(self, question: Question, opened: Opened) -> Opened:
-        """The same; but where a stale answer may stand in for a failure, one does."""
+        """The same; but where another answer may stand in for one that fails before any of it was shown, one does."""
         window_s = question.request.directives.error_window_s(question.rules.stale_if_error_s)
-        if window_s > 0 and isinstance(opened.reader, FlightReader):
-            opened.reader = StandIn(opened.reader, partial(self._stale_instead, question, opened, window_s))
+        if isinstance(opened.reader, FlightReader) and (window_s > 0 or not question.request.streamed):
+            opened.reader = StandIn(opened.reader, partial(self._instead, question, opened, window_s))
         return opened
+
+    async def _instead(
+        self, question: Question, opened: Opened, window_s: float, error: GatewayError
+    ) -> FlightReader | RecordingReader | None:
+        """Another reader in the place of one that failed; None where none will do."""
+        if is_broken_off(error) and not question.request.streamed:
+            return await self._once_more(question, opened)
+        if window_s > 0 and is_outage(error):
+            return await self._stale_instead(question, opened, window_s, error)
+        return None
+
+    async def _once_more(self, question: Question, opened: Opened) -> FlightReader | RecordingReader:
+        """Another replica's death is no reason that a caller fails who wanted the answer whole."""
+        again = await self._find(question)
+        opened.disposition, opened.ttl_s = again.disposition, again.ttl_s
+        return again.reader.reader if isinstance(again.reader, StandIn) else again.reader
 
     async def _stale_instead(
         self, question: Question, opened: Opened, window_s: float, error: GatewayError
     ) -> RecordingReader | None:
         """A stored answer in the place of an upstream's failure; None where none will do."""
+        found = await self._stale(question, window_s, error)
+        if found is None:
+            return None
+        recording, opened.disposition = found
+        reader, opened.stream_id = self._reader(question, recording)
+        return reader
+
+    async def _stale(self, question: Question, window_s: float, error: GatewayError) -> tuple[Recording, Disposition] | None:
+        """What is stored, where it may stand in for a failure, and what to say of it."""
         if not is_outage(error):
             return None
         recording, _ = await self._lookup(question)
@@ -258,9 +305,7 @@ class Service:
             return None
         status = error.status if isinstance(error, UpstreamRefused) else 0  # else the upstream has not answered
         told = Disposition("stale", "stale-if-error", age_s(meta, now), remaining_s(meta, now), "stale", status=status)
-        reader, opened.stream_id = self._reader(question, recording)
-        opened.disposition = told
-        return reader
+        return recording, told
 
     def _opened(self, question: Question, reader: FlightReader, disposition: Disposition) -> Opened:
         """With an id by which it can be resumed, if it is a stream of a flight that others may see."""
@@ -292,7 +337,7 @@ class Service:
         ids = EventIds(token) if request.event_ids and token else None
         reader = RecordingReader(recording, identity, usage=request.usage, pace=self._rules.pace, clock=self._clock, ids=ids)
         reader.nonce = nonce
-        self.replays.add(reader)
+        self.begin_replay(reader)
         if token and self._rules.pace.kind != "instant":
             name = LogName(question.key, FlightId(meta.flight))
             self._watches[reader] = asyncio.get_running_loop().create_task(self._cut_when_cancelled(reader, name))
@@ -335,7 +380,8 @@ class Service:
         """Asks the model, and leaves nothing behind."""
         _check_that_asking_is_allowed(request)
         told = Disposition("bypass", "no-store", fwd="request") if rules.enabled else _DISABLED
-        plan = Plan(self._questions.call(request, route), route.upstream, None, joinable=False, ttl_s=0.0, rules=rules)
+        call, tenant = self._questions.call(request, route), self._questions.tenant(request)
+        plan = Plan(call, route.upstream, None, joinable=False, ttl_s=0.0, rules=rules, tenant=tenant)
         reader = FlightReader(self._flights.start(plan), usage=request.usage)
         return Opened(reader, told, route.model, route.upstream.name)
 

@@ -31,6 +31,7 @@ _STEADY_S = 10.0
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 15.0
 _ANSWER_WITHIN_S = 30.0
+_LOOKS = 10
 _MEASURED_WITHIN_S = 1.0
 # How much longer than the grace workers may take to end.
 _LAST_WORDS_S = 8.0
@@ -84,6 +85,7 @@ class Worker:
         """The configuration that it has."""
         self.serves = asyncio.Event()
         self.announced = ""
+        self._heard = 0
         self.on_asked: Callable[[int], object] = lambda _: None
         """Called where it wants to know what all workers measure, with the number of the question."""
         self._channel = channel
@@ -113,6 +115,19 @@ class Worker:
 
     def send(self, message: Message) -> None:
         self._channel.send(message)
+
+    async def hangs(self, timeout_s: float) -> None:
+        """Returns when it has said nothing for so long, although it was asked.
+
+        Silence is counted in looks: where all processes were stopped for a while, as in a paused container, that is one.
+        """
+        await self.serves.wait()
+        silent = 0
+        while silent < _LOOKS:
+            heard = self._heard
+            self.send({"ping": heard})
+            await asyncio.sleep(timeout_s / _LOOKS)
+            silent = 0 if self._heard != heard else silent + 1
 
     async def ended(self) -> int:
         """Returns its exit code, once it has one."""
@@ -144,9 +159,12 @@ class Worker:
 
     async def _hear(self) -> None:
         while (message := await self._channel.receive()) is not None:
+            self._heard += 1
             if "serves" in message:
                 self.announced = message["serves"]
                 self.serves.set()
+            elif "pong" in message:
+                pass
             elif "asked" in message:
                 self.on_asked(message["asked"])
             elif (answer := self._answers.pop(message["number"], None)) and not answer.done():
@@ -222,7 +240,7 @@ class Supervisor:
         failures = 0
         while True:
             began_s = loop.time()
-            code = await worker.ended()
+            code = await self._ended(worker)
             if self._stop.is_asked:
                 return
             if not (self._up or worker.serves.is_set()):
@@ -237,6 +255,22 @@ class Supervisor:
                     return
             self._restarts[place] = self._restarts.get(place, 0) + 1
             worker = await self._hire(place)
+
+    async def _ended(self, worker: Worker) -> int:
+        """Returns its exit code, once it has ended, by itself or because it hangs."""
+        timeout_s = self._loaded.config.server.worker_timeout_s
+        watching = asyncio.create_task(self._kill_if_it_hangs(worker, timeout_s)) if timeout_s else None
+        try:
+            return await worker.ended()
+        finally:
+            if watching:
+                watching.cancel()
+
+    async def _kill_if_it_hangs(self, worker: Worker, timeout_s: float) -> None:
+        await worker.hangs(timeout_s)
+        if worker.process.returncode is None:
+            log.warning("worker %d has not answered for %g s: it is killed", worker.process.pid, timeout_s)
+            worker.process.kill()
 
     async def _end(self, keepers: list["asyncio.Task[None]"]) -> None:
         """Passes on that it is time, and waits until all workers have ended."""

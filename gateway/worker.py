@@ -87,6 +87,8 @@ class Employed:
                 self._stop.hurry()
             elif "stop" in message:
                 self._stop.ask()
+            elif "ping" in message:
+                channel.send({"pong": message["ping"]})
             elif "workers" in message:
                 if (asked := self._asked.get(message["asked"])) and not asked.done():
                     asked.set_result([Told(*worker) for worker in message["workers"]])

@@ -67,6 +67,10 @@ class RedisStore(Logs, RedisInventory):
         return self._server.available
 
     @property
+    def is_writable(self) -> bool:
+        return self._server.is_writable
+
+    @property
     def state(self) -> StoreState:
         return self._server.state
 
@@ -106,6 +110,7 @@ class RedisStore(Logs, RedisInventory):
         writer: Writer | None = None,
         end: bytes = b"",
     ) -> bool:
+        self._server.check_writable()
         with self._room_for(recording.size_bytes):
             recorded = await self._recorded(recording)
             own = replaced = LogName(key, FlightId(recording.meta.flight))

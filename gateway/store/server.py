@@ -61,6 +61,7 @@ class Server:
         self._failures = 0
         self._epoch = 0
         """How many failures in a row were counted: a call that began in an earlier epoch was hit by one that was counted."""
+        self._refuses_until_s = float("-inf")
         self._closed = False
         self._fell = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
@@ -74,6 +75,17 @@ class Server:
     def state(self) -> StoreState:
         late = self._lookups.late + self._patient_lookups.late
         return StoreState(self.available, dict(self._counts), self._outages, late)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether it is there and has refused no write lately."""
+        return self.available and _now() >= self._refuses_until_s
+
+    def check_writable(self) -> None:
+        """For what has to be written, and costs something to try. Raises `StoreUnavailable`."""
+        self._refuse_if_away()
+        if not self.is_writable:
+            raise StoreRefused("the store refuses to store")
 
     @property
     def has_nodes(self) -> bool:
@@ -187,6 +199,7 @@ class Server:
         """What the failure of more than a lookup says of the server."""
         if isinstance(error, StoreRefused):
             # No reason to stop looking things up.
+            self._refuses_until_s = _now() + self.config.cooldown_s
             self._counts["refused"] += 1
             self.warn("Redis refuses to store: %s", error)
         elif isinstance(error, StoreCorrupt):
@@ -214,10 +227,13 @@ class Server:
         while not self._closed:
             self._fell.clear()
             try:
-                async with asyncio.timeout(_WATCH_UP_S if self.available else self.config.cooldown_s):
+                well = self.available and not self.wire.may_move
+                async with asyncio.timeout(_WATCH_UP_S if well else self.config.cooldown_s):
                     await self._fell.wait()
             except TimeoutError:
                 await self._look()
+            else:
+                await self.wire.let_go()
 
     async def _look(self) -> None:
         began = self._epoch
@@ -226,6 +242,8 @@ class Server:
                 async with asyncio.timeout(
                     self.config.command_timeout_s if self.available else self.config.connect_timeout_s
                 ):
+                    if self.available:
+                        await self.wire.follow()
                     await self._greet()
             if not self.available:
                 # Slow is no better than gone: it is back when a lookup is answered in time.

@@ -413,6 +413,8 @@ class _errors_mapped:  # noqa: N801  # used as a with statement, like contextlib
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and isinstance(error.__cause__, GatewayError):
+            raise error.__cause__  # of the caller's, whose upload broke off while it was passed on
         if isinstance(error, aiohttp.ClientError | openai.APIError | httpx2.HTTPError | OSError):
             raise _mapped(error, begun=self._begun) from error
 

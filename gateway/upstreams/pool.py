@@ -102,7 +102,7 @@ class Deployment:
             if self.judge(error).is_fault:
                 left_alone_s = health.fail(ticket, monotonic(), spoke=spoke)
                 if left_alone_s:
-                    told = "upstream %s fails too often: for %g s it is asked only where nobody else can answer (%s)"
+                    told = "upstream %s fails too often: for %g s it is asked only where nobody else can answer (%r)"
                     log.warning(told, self.name, left_alone_s, error.message)
             raise
         finally:

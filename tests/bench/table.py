@@ -8,6 +8,8 @@ from statistics import median
 from compression import SIZES_TOKENS, figure
 from figures import MANY_CONNECTIONS, RELAY_CONNECTIONS, Extent, Figures
 from flights import REPLICAS
+from outage import FAULTS
+from outage import figure as outage_figure
 
 NOTHING = "–"
 
@@ -32,6 +34,7 @@ class Row:
 
 
 _HITS = Mark("≥ 0.7", lambda _, ratio: ratio >= 0.7)
+_OUTAGE = Mark("≥ 0.9", lambda _, ratio: ratio >= 0.9)
 _FIRST_TOKEN = Mark("≤ bare + 0.5", lambda _, difference: difference <= 0.5)
 
 ROWS = (
@@ -76,6 +79,10 @@ ROWS = (
             Row("the same, 16 at a time", figure(tokens), "many_us"),
             Row("its bytes in Redis", figure(tokens), "stored_bytes"),
         )
+    ),
+    *(
+        Row(f"misses/s where {fault} (bare: the cache is off)", outage_figure(name), "requests_per_s", mark=_OUTAGE)
+        for name, (fault, _) in FAULTS.items()
     ),
 )
 
