@@ -147,6 +147,7 @@ def serves(python: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         request = urllib.request.Request(f"{served.base_url}/chat/completions", nested, {"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=10)
+        refused.value.close()
         assert refused.value.code == 400
         with urllib.request.urlopen(f"{served.base_url.removesuffix('/v1')}/metrics", timeout=10) as response:
             assert b"gateway_requests_total" in response.read()
@@ -166,14 +167,9 @@ def test_what_the_lock_names_is_all_that_the_image_needs(tmp_path, monkeypatch):
 @pytest.mark.install
 @pytest.mark.timeout(400)
 def test_the_lowest_versions_that_the_bounds_allow_will_do(tmp_path, monkeypatch):
-    python = made(tmp_path / "venv")
-    lowest = tmp_path / "lowest.txt"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    uv = (sys.executable, "-m", "uv")
-    run(
-        *(*uv, "pip", "compile", "-q", "--resolution", "lowest-direct", "--python-version", version),
-        *("pyproject.toml", "-o", lowest),
-    )
-    run(python, "-m", "pip", "install", "-q", "-r", lowest)
-    run(python, "-m", "pip", "install", "-q", "--no-deps", ".")
+    uv, python, lowest = (sys.executable, "-m", "uv"), tmp_path / "venv/bin/python", tmp_path / "lowest.txt"
+    run(*uv, "venv", "-q", "-p", sys.executable, tmp_path / "venv")
+    run(*uv, "pip", "compile", "-q", "-p", python, "--resolution", "lowest-direct", "pyproject.toml", "-o", lowest)
+    run(*uv, "pip", "install", "-q", "-p", python, "-r", lowest)
+    run(*uv, "pip", "install", "-q", "-p", python, "--no-deps", ".")
     serves(python, tmp_path, monkeypatch)
