@@ -28,20 +28,21 @@ class Stage:
         self._directory = directory
         self.redis_socket = redis_socket
 
-    def gateway(self) -> AbstractContextManager[Server]:
+    def gateway(self, config: str = "", upstream: str = "") -> AbstractContextManager[Server]:
         """The real command at its default configuration, but for the addresses, and for the patience with Redis:
 
-        where other work stalls the machine for longer than a lookup may take, a hit would become a miss.
+        where other work stalls the machine for longer than a lookup may take, a hit would become a miss. ``config`` and
+        ``upstream`` are more of the one and of its upstream.
         """
         port = free_port()
-        config = self._directory / f"{port}.toml"
-        config.write_text(
-            f'[server]\nport = {port}\n[redis]\nurl = "unix://{self.redis_socket}"\nlookup_timeout_s = 2.0\n'
+        path = self._directory / f"{port}.toml"
+        path.write_text(
+            f'{config}[server]\nport = {port}\n[redis]\nurl = "unix://{self.redis_socket}"\nlookup_timeout_s = 2.0\n'
             f'[[upstreams]]\nname = "scripted"\nkind = "openai"\nmodels = ["scripted"]\n'
-            f'base_url = "http://127.0.0.1:{self.upstream.port}/v1"\n',
+            f'base_url = "http://127.0.0.1:{self.upstream.port}/v1"\n{upstream}',
             "utf-8",
         )
-        command = [sys.executable, "-m", "gateway", "serve", "--config", str(config)]
+        command = [sys.executable, "-m", "gateway", "serve", "--config", str(path)]
         return server("gateway", command, port, self._cores.server)
 
     def bare(self) -> AbstractContextManager[Server]:
@@ -86,6 +87,10 @@ class Stage:
         calls = self.upstream_stats()["calls"] - calls
         if plan.expect == "hit" and calls:
             raise BenchFailed(f"{target.name}: the upstream was asked {calls} times in a run of hits")
+
+    def running(self, name: str, plan: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        """Another kind of load; `finish` waits for it."""
+        return child(script(name, plan), self._cores.others, subprocess.PIPE)
 
     def running_readers(self, plan: readers.Plan) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """The readers of one answer; `finish` waits for them."""
