@@ -6,7 +6,7 @@ reaches the edge and is not a `GatewayError` is a bug, and answers 500.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 
@@ -31,6 +31,12 @@ class GatewayError(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object: ``{"error": {"message", "type", "param", "code"}}``."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Changes every text in it that others may have written."""
+        self.message = change(self.message)
+        self.args = (self.message,)
+        self.headers = {name: change(value) for name, value in self.headers.items()}
 
 
 class RequestError(GatewayError):
@@ -82,6 +88,20 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
 
 
+class HeadTooLarge(RequestError):
+    """A line of the request's head is too long, or it has too many of them (RFC 6585 5)."""
+
+    status = 431
+    code = "request_head_too_large"
+
+
+class RequestTooSlow(RequestError):
+    """The request did not come within ``[server] read_timeout_s`` (RFC 9110 15.5.9)."""
+
+    status = 408
+    code = "request_too_slow"
+
+
 class UnsupportedMediaType(RequestError):
     """The request body is not declared as JSON."""
 
@@ -127,6 +147,11 @@ class UpstreamRefused(UpstreamError):
         theirs = sent.get("error") if isinstance(sent, dict) else None
         return {"error": ours | theirs if isinstance(theirs, dict) else ours}
 
+    def reword(self, change: Callable[[str], str]) -> None:
+        super().reword(change)
+        self.content = change(self.content.decode("latin-1")).encode("latin-1")
+        self.content_type = change(self.content_type)
+
 
 class UpstreamReported(UpstreamError):
     """The upstream reported an error inside an answer that had begun as a success; ``reported`` is its error object."""
@@ -146,6 +171,10 @@ class UpstreamReported(UpstreamError):
 
     def body(self) -> dict[str, Any]:
         return {"error": self.reported}
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        super().reword(change)
+        self.reported = json.loads(change(json.dumps(self.reported)))
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -317,6 +346,11 @@ def is_outage(error: GatewayError) -> bool:
     return outage and (error.status == 429 or error.status >= 500)
 
 
+def is_broken_off(error: GatewayError) -> bool:
+    """Whether a stream ended because the replica that ran its call is gone: who was shown nothing of it may ask anew."""
+    return error.body()["error"].get("code") in (StreamDiverged.code, StreamLost.code)
+
+
 class StoreError(Exception):
     """The store's fault. Never reaches a caller: the service counts it and goes on without the store."""
 
@@ -331,6 +365,10 @@ class StoreFenced(StoreError):
 
 class StoreCorrupt(StoreError):
     """What was stored does not load. The entry is deleted and counts as a miss."""
+
+
+class UnknownCursor(StoreError):
+    """A cursor that this store cannot have given: it is a caller's, and its fault."""
 
 
 class ConfigError(Exception):

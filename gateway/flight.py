@@ -12,10 +12,10 @@ from typing import Literal, Protocol
 
 import orjson
 
-from gateway.core.apis import Api
+from gateway.core.apis import Api, Assembler
 from gateway.core.dialects.openai import DONE
 from gateway.core.purge import Labels
-from gateway.core.recording import Frame, MalformedChunk, Recorder, Recording, payload_of
+from gateway.core.recording import Frame, MalformedChunk, Recorder, Recording, parse_chunk, payload_of
 from gateway.errors import (
     AnswerTooLarge,
     GatewayError,
@@ -300,10 +300,17 @@ class Flight:
         if self.error:
             raise self.error
         if self._whole is None:
-            if self._assembler is None:
+            if self.overflowed:
                 raise AnswerTooLarge("The answer is too large to be given in one piece; ask for a stream.")
-            self._whole = _json(self._assembler.body())
+            self._whole = _json((self._assembler or self._assembled()).body())
         return self._whole
+
+    def _assembled(self) -> Assembler:
+        """Of all frames, where they were not assembled as they came."""
+        assembler = self.api.assembler()
+        for frame in self.frames:
+            assembler.add(parse_chunk(frame.payload))
+        return assembler
 
     def run_ended_at(self, run: str) -> int | None:
         """The index at which another run took over from this one; None where none did, or it never wrote here."""

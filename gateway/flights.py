@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -93,8 +93,16 @@ class Flights:
         """How many readers had come until then, and when the last one left."""
         self._checks: dict[Flight, asyncio.Task[None]] = {}
 
+        self.takeovers = 0
+        """How many flights this replica has gone on with in the place of another one."""
+
     def __len__(self) -> int:
         return len(self._tasks)
+
+    @property
+    def running(self) -> Collection[Flight]:
+        """Those that this replica runs, or follows in another one."""
+        return self._tasks.keys()
 
     def find(self, key: CacheKey) -> Flight | None:
         """The flight that a request of this key may join, or whose recording is on its way to the store."""
@@ -115,8 +123,9 @@ class Flights:
         """
         place = self.limits.begin_call(plan.tenant)
         name = None if plan.key is None else LogName(plan.key, FlightId(self._new_id(8)))
-        # What is not kept, and not joined, is assembled only for a caller who wants it whole.
-        flight = self._flight(plan.call.api, name, assemble=name is not None or not plan.call.streamed)
+        # What is not kept is assembled only for a caller who wants it whole.
+        kept = name is not None and self._store.is_writable
+        flight = self._flight(plan.call.api, name, assemble=kept or not plan.call.streamed)
         flight.labels, flight.background = plan.labels, plan.background
         flight.replaces = plan.background or plan.newer_than_us >= 0
         if plan.key is not None and plan.joinable:
@@ -318,6 +327,7 @@ class Flights:
             if own_plan is None and self._by_name.get(name) in (None, flight):
                 await mirror.leave()
         if own_plan:
+            self.takeovers += 1
             flight.resolve("led")
             await self._lead(flight, own_plan, self._continuation(flight))
 
@@ -445,7 +455,7 @@ class Flights:
         """Ends the log, and seals a recording if the rules allow. From here on newcomers find this flight, if no later one
         has taken its place.
         """
-        recording = recorded(flight, plan, self._clock.now())
+        recording = recorded(flight, plan, self._clock.now(), writable=self._store.is_writable)
         if recording is None:
             flight.close(Complete())
             flight.kept = False

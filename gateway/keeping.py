@@ -17,11 +17,12 @@ def may_be_kept(flight: Flight, plan: Plan) -> bool:
     return plan.key is not None and not plan.why_not and not flight.purged and fits
 
 
-def recorded(flight: Flight, plan: Plan, now: float) -> Recording | None:
-    """The recording of a complete answer; None where it must not be stored, and the flight says why."""
+def recorded(flight: Flight, plan: Plan, now: float, *, writable: bool) -> Recording | None:
+    """The recording of a complete answer; None where it must not be stored, or cannot be, and the flight says why."""
     if plan.key is None:
         return None
-    flight.why_not = _why_not(flight, plan)
+    # Making one for a store that is away is a third of the work of a miss.
+    flight.why_not = _why_not(flight, plan) if writable else "store-unavailable"
     if flight.why_not:
         log.debug("not stored (%s): %r", flight.why_not, flight)
         return None

@@ -438,7 +438,7 @@ class RecordingReader(_Ending):
 
 
 class StandIn:
-    """A reader in whose place a stored answer may be read, should the upstream fail before a token was shown."""
+    """A reader in whose place another answer may be read, should this one fail before any of it was shown."""
 
     def __init__(
         self, reader: FlightReader, instead: Callable[[GatewayError], Awaitable[FlightReader | RecordingReader | None]]
@@ -503,7 +503,7 @@ class StandIn:
         return await self.reader.outcome(within_s)
 
     async def _stand_in(self, error: GatewayError) -> None:
-        """From here on the stored answer is read. Raises ``error`` where there is none."""
+        """From here on another answer is read. Raises ``error`` where there is none."""
         instead = await self._instead(error)
         if instead is None:
             raise error

@@ -22,6 +22,7 @@ from gateway.errors import (
     StreamCancelled,
     TenantOverloaded,
     UpstreamRefused,
+    is_broken_off,
     is_outage,
 )
 from gateway.flight import Flight
@@ -259,11 +260,27 @@ class Service:
         return self._unless_it_fails(question, self._opened(question, reader, disposition))
 
     def _unless_it_fails(self, question: Question, opened: Opened) -> Opened:
-        """The same; but where a stale answer may stand in for a failure, one does."""
+        """The same; but where another answer may stand in for one that fails before any of it was shown, one does."""
         window_s = question.request.directives.error_window_s(question.rules.stale_if_error_s)
-        if window_s > 0 and isinstance(opened.reader, FlightReader):
-            opened.reader = StandIn(opened.reader, partial(self._stale_instead, question, opened, window_s))
+        if isinstance(opened.reader, FlightReader) and (window_s > 0 or not question.request.streamed):
+            opened.reader = StandIn(opened.reader, partial(self._instead, question, opened, window_s))
         return opened
+
+    async def _instead(
+        self, question: Question, opened: Opened, window_s: float, error: GatewayError
+    ) -> FlightReader | RecordingReader | None:
+        """Another reader in the place of one that failed; None where none will do."""
+        if is_broken_off(error) and not question.request.streamed:
+            return await self._once_more(question, opened)
+        if window_s > 0 and is_outage(error):
+            return await self._stale_instead(question, opened, window_s, error)
+        return None
+
+    async def _once_more(self, question: Question, opened: Opened) -> FlightReader | RecordingReader:
+        """Another replica's death is no reason that a caller fails who wanted the answer whole."""
+        again = await self._find(question)
+        opened.disposition, opened.ttl_s = again.disposition, again.ttl_s
+        return again.reader.reader if isinstance(again.reader, StandIn) else again.reader
 
     async def _stale_instead(
         self, question: Question, opened: Opened, window_s: float, error: GatewayError

@@ -301,10 +301,15 @@ class Sharing:
         self._woken.set()
 
     async def _append(self, due: Sequence[Shared]) -> list[Appended | StoreError]:
+        # What will not be taken is not even made. Logs that have begun are to keep their leases.
+        store = self._store
+        tried = due if store.is_writable else [shared for shared in due if shared.sent_s and store.available]
         try:
-            return await self._store.append([shared.batch() for shared in due])
+            results = await store.append([shared.batch() for shared in tried])
         except StoreError as error:
-            return [error] * len(due)
+            results = [error] * len(tried)
+        by_flight = dict(zip(tried, results, strict=True))
+        return [by_flight.get(shared) or StoreUnavailable("the store takes nothing now") for shared in due]
 
     def _learn(self, shared: Shared, result: Appended | StoreError) -> None:
         if self._shared.get(shared.name.flight) is not shared:

@@ -6,14 +6,14 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from scripted import chunk
-from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, nothing_unnoticed, until
+from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, until
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
@@ -22,13 +22,9 @@ from gateway.ports import LOG_START, Appended, LogName, Writer
 from gateway.store.client import Single
 from gateway.store.redis import RedisStore, connect
 
+pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
+
 Open = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    with nothing_unnoticed():
-        yield
 
 
 @pytest.fixture
@@ -46,55 +42,6 @@ async def open_store() -> AsyncIterator[Open]:
 async def admin(own_redis) -> AsyncIterator[Redis]:
     async with Redis.from_url(own_redis.url) as client:
         yield client
-
-
-class Proxy:
-    """Stands between the store and a server, and takes its time with answers."""
-
-    def __init__(self) -> None:
-        self.delay_s = 0.0
-        self.connections = 0
-        self.asked = b""
-        self.url = ""
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
-
-    async def start(self, socket: str) -> None:
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self.connections += 1
-            theirs, ours = await asyncio.open_unix_connection(socket)
-            for task in (self._ask(reader, ours), self._answer(theirs, writer)):
-                self._tasks.add(asyncio.create_task(task))
-
-        self._server = await asyncio.start_server(connected, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer):
-            while data := await reader.read(65536):
-                self.asked += data
-                writer.write(data)
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer):
-            while data := await reader.read(65536):
-                await asyncio.sleep(self.delay_s)
-                writer.write(data)
-
-    async def stop(self) -> None:
-        assert self._server
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-@pytest.fixture
-async def proxy(own_redis, no_task_is_left: None) -> AsyncIterator[Proxy]:
-    proxy = Proxy()
-    await proxy.start(own_redis.url.removeprefix("unix://"))
-    yield proxy
-    await proxy.stop()
 
 
 def kill(server: Any) -> None:

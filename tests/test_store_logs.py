@@ -2,13 +2,12 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from redis.asyncio.connection import AbstractConnection
-from running import RedisNodes, RedisServer
 from stores import (
     KEY,
     LOG,
@@ -18,12 +17,8 @@ from stores import (
     batch,
     begun,
     commands_about,
-    embedded_server,
     frame,
-    nothing_unnoticed,
     of_flight,
-    on_fakeredis,
-    on_server,
     until,
 )
 
@@ -31,43 +26,11 @@ from gateway.errors import StoreCorrupt, StoreFenced, StoreUnavailable
 from gateway.ports import LOG_START, Appended, Claimed, Entry, FlightId, LogName, Page, Peeked, Writer
 from gateway.store.redis import RedisStore
 
+pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
+
 FOLLOWS = Claimed(follow=LOG.flight)
 LEADS = Claimed()
 LANDED = Claimed(landed=True)
-
-
-@pytest.fixture(autouse=True)
-async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    with nothing_unnoticed():
-        yield
-
-
-@pytest.fixture(scope="session")
-def embedded_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with embedded_server(tmp_path_factory) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def redis_cluster(shared_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisNodes]:
-    nodes = RedisNodes(tmp_path_factory.mktemp("nodes"))
-    nodes.start()
-    yield nodes
-    nodes.stop()
-
-
-@pytest.fixture(params=["shared_redis", "embedded_redis"])
-async def server(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """Those that can be watched."""
-    async with on_server(request.getfixturevalue(request.param)) as backend:
-        yield backend
-
-
-@pytest.fixture(params=["fakeredis", "shared_redis", "embedded_redis", "redis_cluster"])
-async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    fake = request.param == "fakeredis"
-    async with on_fakeredis() if fake else on_server(request.getfixturevalue(request.param)) as backend:
-        yield backend
 
 
 def writer_of(store: RedisStore, run: str = "00000001") -> Writer:

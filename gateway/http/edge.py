@@ -35,11 +35,11 @@ _CLIENT_CLOSED = 499  # nginx's word for a caller who left
 
 
 def _told_in_full(record: logging.LogRecord) -> bool:
-    """Whether the server has failed; of a request that cannot be parsed there is one line, and none of its bytes: a key may
-    be among them.
+    """Whether the server has failed; of a request that cannot be parsed or decoded there is one line, and none of its bytes:
+    a key may be among them.
     """
     error = record.exc_info[1] if record.exc_info else None
-    if not isinstance(error, HttpProcessingError):
+    if not isinstance(error, HttpProcessingError | web.RequestPayloadError):
         return True
     log.info("%s: %s", record.getMessage(), type(error).__name__)
     return False
@@ -54,11 +54,11 @@ class Exchange:
     """What is known of one request while it is served."""
 
     __slots__ = (
-        "began", "cache_status", "caller_id", "closes", "error", "head_sent", "left", "model", "request_id", "running",
-        "upstream",
+        "began", "cache_status", "caller_id", "closes", "error", "first_token_at", "head_sent", "left", "model",
+        "request_id", "running", "upstream",
     )  # fmt: skip
 
-    def __init__(self, request: web.Request, own_id: int, running: "Running") -> None:
+    def __init__(self, request: web.BaseRequest, own_id: int, running: "Running") -> None:
         self.began = time.perf_counter()
         self.running = running
         self.closes = False
@@ -69,6 +69,8 @@ class Exchange:
         self.cache_status = NOT_FORWARDED
         self.model = self.upstream = self.error = ""
         self.left = self.head_sent = False
+        self.first_token_at = 0.0
+        """When the first token of a stream was written, as `began`."""
 
     def take_upstream_id(self, upstream_id: str | None) -> None:
         """The upstream's id of the request serves the caller too, who may have to quote it, unless it chose its own."""
@@ -107,9 +109,16 @@ class Running:
         """The process is to end: what comes is served, but whoever can ask another one should."""
         self.over = False
         """The time for that is over: what comes is refused."""
+        self.streams = 0
+        """Those of them that are streams whose head has been sent."""
         self._count = 0
         self._none = asyncio.Event()
         self._none.set()
+
+    @property
+    def count(self) -> int:
+        """How many requests are being served."""
+        return self._count
 
     def begin(self, transport: asyncio.BaseTransport | None) -> bool:
         """Tells whether the request has to be the last one of its connection."""
@@ -158,6 +167,7 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
                 model=exchange.model,
                 upstream=exchange.upstream,
                 error=exchange.error,
+                first_token_s=exchange.first_token_at - exchange.began if exchange.first_token_at else None,
             )
             for sink in sinks:
                 sink(details)
@@ -174,7 +184,7 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
             exchange.cache_status = only_detail(error.detail)
         response = error_response(error, exchange)
     except web.HTTPException as error:
-        response = error_response(_translated(error, request), exchange)
+        response = error_response(translated(error, request), exchange)
     except Exception:  # anything else is a bug: the caller gets an id to quote, the log gets the trace
         log.exception("request %s failed", exchange.request_id)
         if exchange.head_sent and request.transport:
@@ -211,7 +221,7 @@ def error_response(error: GatewayError, exchange: Exchange) -> web.Response:
     return web.json_response(error.body(), status=error.status, headers=headers)
 
 
-def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
+def translated(error: web.HTTPException, request: web.Request) -> GatewayError:
     """aiohttp's own refusals in our words."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         return not_allowed(request, sorted(error.allowed_methods))
@@ -222,6 +232,15 @@ def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
     refusal = InvalidRequest(error.reason or "The request cannot be read.")
     refusal.status = error.status
     return refusal
+
+
+def refusal(request: web.BaseRequest, error: GatewayError) -> web.Response:
+    """The answer to what never came to a handler, as the middleware would have given it."""
+    exchange = Exchange(request, random.getrandbits(96), Running())  # as above
+    response = error_response(error, exchange)
+    response.headers.update(exchange.headers())
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
 
 
 def not_allowed(request: web.Request, allowed: Sequence[str]) -> MethodNotAllowed:

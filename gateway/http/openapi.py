@@ -1,7 +1,7 @@
 """What is served, as an OpenAPI 3.1 document. It describes the gateway: what only the model reads is passed on as it is."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 Json = dict[str, Any]
 
@@ -18,12 +18,24 @@ _STATUSES = {
 }
 
 
-def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderations"), *, admin: bool = False) -> Json:
+MetricsKind = Literal["", "open", "guarded"]
+"""Whether ``/metrics`` is served, and whether it needs the admin key."""
+
+
+def document(
+    version: str,
+    relay_paths: Iterable[str] = ("embeddings", "moderations"),
+    *,
+    admin: bool = False,
+    metrics: MetricsKind = "",
+) -> Json:
     """The whole document. ``relay_paths`` are the paths below ``/v1`` that are passed on uncached.
 
     ``admin``: whether what is served below ``/admin/`` belongs to it.
     """
     document = _served(version, relay_paths)
+    if metrics:
+        document["paths"]["/metrics"] = {"get": _metrics(metrics)}
     if admin:
         document["paths"] |= _admin_paths()
         document["components"]["schemas"] |= _admin_schemas()
@@ -35,6 +47,16 @@ def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderati
             "description": "The admin key, which no caller of `/v1` has.",
         }
     return document
+
+
+def operators_document(version: str, *, admin: bool, metrics: MetricsKind) -> Json:
+    """What is served at ``[admin] listen``."""
+    whole = document(version, (), admin=admin, metrics=metrics)
+    paths = {path: item for path, item in whole["paths"].items() if path in _OF_OPERATORS or path.startswith("/admin/")}
+    return whole | {"paths": paths, "security": [{}]}
+
+
+_OF_OPERATORS = ("/healthz", "/readyz", "/metrics", "/openapi.json")
 
 
 def _served(version: str, relay_paths: Iterable[str]) -> Json:
@@ -161,6 +183,16 @@ def _get(operation: str, summary: str, schema: str, *errors: int) -> Json:
             **_errors(*errors),
         },
     }
+
+
+def _metrics(kind: MetricsKind) -> Json:
+    found = _text("metrics", "Metrics in Prometheus' text format, or in OpenMetrics'.")
+    text = {"schema": {"type": "string"}}
+    found["responses"]["200"]["content"] = {"text/plain": text, "application/openmetrics-text": text}
+    if kind == "guarded":
+        found["security"] = [{"admin": []}]
+        found["responses"] |= _errors(401)
+    return found
 
 
 def _readiness() -> Json:

@@ -8,6 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.http.connection import Patience, Runner
 from gateway.http.door import Acceptor, Door
 from gateway.http.edge import Running
 from gateway.limits import Limits
@@ -25,10 +26,17 @@ class HttpServer:
     ``shared``: other processes listen to the same sockets.
     """
 
-    def __init__(
-        self, app: web.Application, running: Running, options: dict[str, Any], limits: Limits, *, shared: bool = False
+    def __init__(  # noqa: PLR0913  # all that a server is made of
+        self,
+        app: web.Application,
+        running: Running,
+        patience: Patience,
+        limits: Limits,
+        options: dict[str, Any],
+        *,
+        shared: bool = False,
     ) -> None:
-        self._runner = web.AppRunner(app, shutdown_timeout=_LAST_WORDS_S, **options)
+        self._runner = Runner(app, patience, shutdown_timeout=_LAST_WORDS_S, **options)
         self._running = running
         self._limits = limits
         self._shared = shared

@@ -13,6 +13,7 @@ from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.core.recording import Marks, Recording
 from gateway.errors import StoreCorrupt, StoreError, StoreUnavailable
+from gateway.observe import StoreState
 from gateway.ports import FlightId, LogName, Want, Writer
 from gateway.store import scripts
 from gateway.store.client import Client, Command, StoreRefused, connect
@@ -65,6 +66,14 @@ class RedisStore(Logs, RedisInventory):
     def available(self) -> bool:
         return self._server.available
 
+    @property
+    def is_writable(self) -> bool:
+        return self._server.is_writable
+
+    @property
+    def state(self) -> StoreState:
+        return self._server.state
+
     async def __aenter__(self) -> Self:
         self._bell.open()
         try:
@@ -82,6 +91,7 @@ class RedisStore(Logs, RedisInventory):
             fields = await self._server.look_up(("HMGET", self._keys.recording(key), *FIELDS[want]), patient=patient)
             return await self._packer.load(want, fields)
         except StoreCorrupt as error:
+            self._server.count_corrupt()
             self._discard(key, error)
             raise
 
@@ -100,6 +110,7 @@ class RedisStore(Logs, RedisInventory):
         writer: Writer | None = None,
         end: bytes = b"",
     ) -> bool:
+        self._server.check_writable()
         with self._room_for(recording.size_bytes):
             recorded = await self._recorded(recording)
             own = replaced = LogName(key, FlightId(recording.meta.flight))

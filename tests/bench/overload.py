@@ -64,7 +64,7 @@ def overload(stage: Stage, extent: Extent, say: Say) -> list[Figures]:
         room = extent.overloaded_streams * (extent.saturating if case.name in ON_THE_PROCESSOR else 1)
         say(f"{TIMES} times what there is room for: {case.name}")
         stage.empty_store()
-        with stage.gateway(case.config(room), case.upstream(room)) as gateway:
+        with stage.gateway(more=case.config(room), upstream=case.upstream(room)) as gateway:
             _fill(stage, gateway)
             stage.set_pace(_GAP_S, _GAP_S)
             # By Little's law so many come in a second where so many run at a time.

@@ -8,6 +8,8 @@ from statistics import median
 from compression import SIZES_TOKENS, figure
 from figures import MANY_CONNECTIONS, RELAY_CONNECTIONS, Extent, Figures
 from flights import REPLICAS
+from outage import FAULTS
+from outage import figure as outage_figure
 from overload import CASES, LIMITS, TIMES
 from overload import figure as overloaded
 
@@ -35,6 +37,7 @@ class Row:
 
 _HITS = Mark("≥ 0.7", lambda _, ratio: ratio >= 0.7)
 _AT_ONCE = Mark("≤ 10 ms", lambda value, _: value <= 10)
+_OUTAGE = Mark("≥ 0.9", lambda _, ratio: ratio >= 0.9)
 _FIRST_TOKEN = Mark("≤ bare + 0.5", lambda _, difference: difference <= 0.5)
 
 ROWS = (
@@ -101,6 +104,10 @@ ROWS = (
         )
     ),
     Row("the upstream's answer to nothing meanwhile, p99, ms", overloaded("flights"), "ping_p99_ms"),
+    *(
+        Row(f"misses/s where {fault} (bare: the cache is off)", outage_figure(name), "requests_per_s", mark=_OUTAGE)
+        for name, (fault, _) in FAULTS.items()
+    ),
 )
 
 
