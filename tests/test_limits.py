@@ -665,6 +665,38 @@ async def test_idle_connections_make_room_and_those_in_use_do_not(start, monkeyp
     await streams.end()
 
 
+async def test_a_lower_limit_closes_idle_connections_as_soon_as_somebody_comes(start, monkeypatch):
+    monkeypatch.setattr(door, "_IDLE_S", 0.0)
+    gateway, _ = await start({})
+    async with AsyncExitStack() as stack:
+        callers = [await stack.enter_async_context(Caller(gateway)) for _ in range(5)]
+        assert [(await caller.get())[0] for caller in callers] == [200] * 5
+        gateway.limits.become(LimitsConfig(**{**ANY, "max_connections": 2}))
+        async with Caller(gateway) as newcomer:
+            assert (await newcomer.get())[0] == 200
+            assert gateway.limits.connections.taken == 2
+            assert all([await caller.is_closed() for caller in callers[:4]])
+            assert (await callers[4].get())[0] == 200
+
+
+async def test_who_only_seems_to_watch_makes_no_room_that_it_does_not_have(start, monkeypatch):
+    gateway, streams = await start({"max_connections": 1})
+    await streams.begin("running")
+    async with Caller(gateway) as silent:
+        silent.writer.write(b"GET /healthz HTTP/1.1\r\n")  # and no more
+        await until(lambda: extras(gateway))
+        monkeypatch.setattr(door, "_IDLE_S", 0.0)
+        async with Caller(gateway) as newcomer:
+            assert (await newcomer.get())[0] == 503
+        assert await silent.is_closed()
+    assert gateway.limits.evicted == 0
+    await streams.end()
+
+
+def extras(gateway):
+    return gateway.limits.held.unsent_bytes.__self__._extras
+
+
 async def test_who_has_just_come_or_asked_is_not_closed_for_others(start):
     gateway, _ = await start({"max_connections": 1})
     async with Caller(gateway) as one:

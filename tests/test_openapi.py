@@ -12,6 +12,7 @@ from gateway.errors import (
     InvalidRequest,
     MethodNotAllowed,
     ModelNotFound,
+    TenantOverloaded,
     Unavailable,
     UnsupportedMediaType,
     UpstreamReported,
@@ -131,7 +132,7 @@ def test_an_answered_operation_has_both_forms_their_headers_and_every_error_of_t
         "X-Request-Id",
     }
     faults = [InvalidRequest, ModelNotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType]
-    faults += [UpstreamUnreachable, Unavailable, UpstreamTimeout]
+    faults += [TenantOverloaded, UpstreamUnreachable, Unavailable, UpstreamTimeout]
     assert {*responses} == {"200", "default"} | {str(fault.status) for fault in faults}
 
 

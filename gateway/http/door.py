@@ -77,9 +77,11 @@ class Guest(asyncio.Protocol):
         self._door.paused.discard(self)
         self._protocol.resume_writing()
 
-    def give_place_back(self) -> None:
+    def give_place_back(self) -> bool:
+        """Tells whether it had one."""
         if self._place:
             self._place.release()
+        return not self.is_extra
 
 
 class TurnedAway(asyncio.Protocol):
@@ -102,8 +104,8 @@ class TurnedAway(asyncio.Protocol):
         self._leave()
         self._door.count_refused()
 
-    def give_place_back(self) -> None:
-        """It has none."""
+    def give_place_back(self) -> bool:
+        return False
 
     def data_received(self, data: bytes) -> None:
         if self._told:
@@ -147,8 +149,9 @@ class Door:
         limits.held.unsent_bytes = self._unsent_bytes
 
     def __call__(self) -> Guest | TurnedAway:
-        if not self.has_room() and not self.make_room():
-            return TurnedAway(self)
+        while not self.has_room():  # more than one may be too much, where the limit was lowered
+            if not self.make_room():
+                return TurnedAway(self)
         return Guest(self, self._serve(), self._limits.connections.take_anyway(""))
 
     def has_room(self) -> bool:
@@ -165,10 +168,10 @@ class Door:
             if guest.transport.get_write_buffer_size():  # its last answer is still on the way
                 self._unused[guest] = now_s
                 continue
-            self._limits.evicted += 1
-            guest.give_place_back()
             guest.transport.close()
-            return True
+            if guest.give_place_back():
+                self._limits.evicted += 1
+                return True
         return False
 
     # What connections tell
@@ -241,7 +244,7 @@ class Door:
 
     def refusal(self) -> bytes:
         """The whole answer."""
-        message = f"The gateway has all of its {self._limits.connections.limit} connections."
+        message = "The gateway has all the connections that it can have."
         error = Overloaded(message, retry_after_s=retry_after_s(self._limits.draw()))
         body = orjson.dumps(error.body())
         fields = {

@@ -11,8 +11,9 @@ _STATUSES = {
     405: "The path is served, but by other methods: `Allow` names them.",
     413: "The request body is too large.",
     415: "The request body is declared as something else than JSON.",
+    429: "The caller has as many streams or calls as one may have at a time, or the upstream refuses more.",
     502: "The upstream cannot be reached, or its answer is no answer.",
-    503: "The queue of the upstream is full, the gateway is shutting down, or the store that is needed cannot be reached.",
+    503: "The gateway or the upstream has all that it can take, the gateway is shutting down, or the store is not reached.",
     504: "The upstream took too long, or `only-if-cached` was asked and the answer is not in the cache.",
 }
 
@@ -148,7 +149,7 @@ def _resumed() -> Json:
                 "description": "Nothing comes after it, or the stream was cancelled.",
                 "headers": _header_refs("X-Request-Id"),
             },
-            **_errors(400, 404, 405, 502, 503, 504),
+            **_errors(400, 404, 405, 429, 502, 503, 504),
             "default": _refusal(),
         },
     }
@@ -161,7 +162,7 @@ def _relayed(path: str) -> Json:
         "parameters": [_ref("parameters", "RequestId")],
         "requestBody": {"required": True, "content": {"*/*": {}}},
         "responses": {
-            **_errors(400, 404, 413, 502, 504),
+            **_errors(400, 404, 413, 429, 502, 503, 504),
             "default": {
                 "description": "The upstream's answer, whatever its status and type.",
                 "headers": _header_refs("Cache-Status", "X-Request-Id"),
@@ -469,7 +470,7 @@ def _refusal() -> Json:
 
 def _also(status: int) -> list[str]:
     """The headers that go with some statuses only."""
-    return ["Allow"] if status == 405 else []
+    return {405: ["Allow"], 429: ["Retry-After"], 503: ["Retry-After"]}.get(status, [])
 
 
 def _headers() -> Json:
@@ -480,7 +481,7 @@ def _headers() -> Json:
         "Gateway-Stream-Id": "By which a stream that was cut can be resumed; on a resumed one, by which it can be again.",
         "Gateway-Upstream": "Which configured upstream has answered, where the request was forwarded.",
         "Allow": "The methods of this path.",
-        "Retry-After": "The upstream's, or when to come back to a full queue.",
+        "Retry-After": "The upstream's, or when to come back to what was full.",
     }
     age = {"description": "On a hit, the answer's age in seconds (RFC 9111).", "schema": {"type": "integer", "minimum": 0}}
     return {name: {"description": text, "schema": {"type": "string"}} for name, text in texts.items()} | {"Age": age}

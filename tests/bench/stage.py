@@ -29,12 +29,12 @@ class Stage:
         self.redis_socket = redis_socket
 
     def gateway(
-        self, redis_url: str = "", *, lookup_timeout_s: float = 2.0, more: str = ""
+        self, redis_url: str = "", *, lookup_timeout_s: float = 2.0, more: str = "", upstream: str = ""
     ) -> AbstractContextManager[Server]:
         """The real command at its default configuration, but for the addresses, and for the patience with Redis:
 
         where other work stalls the machine for longer than a lookup may take, a hit would become a miss.
-        ``more`` is more of its configuration.
+        ``more`` is more of its configuration, ``upstream`` of its upstream's.
         """
         port = free_port()
         config = self.directory / f"{port}.toml"
@@ -42,7 +42,7 @@ class Stage:
             f"{more}[server]\nport = {port}\n"
             f'[redis]\nurl = "{redis_url or f"unix://{self.redis_socket}"}"\nlookup_timeout_s = {lookup_timeout_s}\n'
             f'[[upstreams]]\nname = "scripted"\nkind = "openai"\nmodels = ["scripted"]\n'
-            f'base_url = "http://127.0.0.1:{self.upstream.port}/v1"\n',
+            f'base_url = "http://127.0.0.1:{self.upstream.port}/v1"\n{upstream}',
             "utf-8",
         )
         command = [sys.executable, "-m", "gateway", "serve", "--config", str(config)]
@@ -90,6 +90,10 @@ class Stage:
         calls = self.upstream_stats()["calls"] - calls
         if plan.expect == "hit" and calls:
             raise BenchFailed(f"{target.name}: the upstream was asked {calls} times in a run of hits")
+
+    def running(self, name: str, plan: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        """Another kind of load; `finish` waits for it."""
+        return child(script(name, plan), self.cores.others, subprocess.PIPE)
 
     def running_readers(self, plan: readers.Plan) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """The readers of one answer; `finish` waits for them."""
