@@ -21,7 +21,7 @@ from gateway.errors import (
     StreamCancelled,
     StreamLost,
 )
-from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome
+from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome, first_run
 from gateway.keeping import may_be_kept, recorded
 from gateway.mirror import Mirror
 from gateway.ports import Clock, FlightId, LogName, Store
@@ -101,7 +101,8 @@ class Flights:
         """Begins an upstream call in a task of its own, or follows the one that another replica has begun."""
         name = None if plan.key is None else LogName(plan.key, FlightId(self._new_id(8)))
         # What is not kept, and not joined, is assembled only for a caller who wants it whole.
-        flight = self._flight(plan.call.api, name, assemble=name is not None or not plan.call.streamed)
+        run = first_run(name.flight) if name else self._new_id(4)
+        flight = self._flight(plan.call.api, name, run, assemble=name is not None or not plan.call.streamed)
         flight.labels, flight.background = plan.labels, plan.background
         flight.replaces = plan.background or plan.newer_than_us >= 0
         if plan.key is not None and plan.joinable:
@@ -111,7 +112,7 @@ class Flights:
 
     def follow(self, api: Api, name: LogName, plan: Callable[[], Plan]) -> Flight:
         """Reads the log of another replica's flight, for those who resume it. ``plan`` tells how to take it over."""
-        flight = self._flight(api, name)
+        flight = self._flight(api, name, self._new_id(4))
         flight.resolve("followed")
         self._by_name[name] = flight
         self._drive(flight, None, partial(self._follow, flight, plan, self._rules.terms.lease_s * _PATIENT_LEASES))
@@ -119,7 +120,7 @@ class Flights:
 
     def replay(self, api: Api, name: LogName, recording: Recording) -> Flight:
         """A closed flight that says what a recording holds."""
-        flight = self._flight(api, name)
+        flight = self._flight(api, name, self._new_id(4))
         flight.runs = list(recording.meta.runs) or flight.runs
         marks = recording.marks
         flight.copy(recording.frames(None, usage=True), marks.at_us if marks else ())
@@ -153,11 +154,9 @@ class Flights:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._sharing.close()
 
-    def _flight(self, api: Api, name: LogName | None, *, assemble: bool = True) -> Flight:
-        terms = self._rules.terms
-        return Flight(
-            api, name, self._new_id(4), started_at=self._clock.now(), max_bytes=terms.max_flight_bytes, assemble=assemble
-        )
+    def _flight(self, api: Api, name: LogName | None, run: str, *, assemble: bool = True) -> Flight:
+        max_bytes = self._rules.terms.max_flight_bytes
+        return Flight(api, name, run, started_at=self._clock.now(), max_bytes=max_bytes, assemble=assemble)
 
     # What drives a flight
 
@@ -221,6 +220,7 @@ class Flights:
             flight.resolve("followed")
             return False
         flight.name, flight.background = there, False
+        flight.runs = [(first_run(there.flight), 0)]
         self._by_name[there] = flight
         flight.resolve("followed")
         return False

@@ -17,7 +17,9 @@ class Served:
     """``gateway serve`` in ``directory``, started and announced; without ``wait`` it has yet to `announce` itself."""
 
     def __init__(self, directory: Path, *arguments: str, wait: bool = True, **environ: str) -> None:
-        environ = {"PATH": os.environ["PATH"], "HOME": str(directory), "TMPDIR": str(directory), **environ}
+        # Where PYTHONPATH says which tree is tested, it is the one that is served too.
+        inherited = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        environ = {**inherited, "HOME": str(directory), "TMPDIR": str(directory), **environ}
         command = [*PROGRAM, "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, cwd=directory, env=environ, stderr=subprocess.PIPE, text=True)
         self.said = ""
