@@ -27,7 +27,7 @@ from callers import Callers
 from chaos import Chaos, Stage
 from fleet import RedisProcess, Replica, SoakFailed, Wire, settings
 from journal import Journal
-from leftovers import once_quiet, undying_keys
+from leftovers import once_quiet, resident_bytes, undying_keys
 from models import Model
 from report import report, show
 from rich.console import Console
@@ -162,23 +162,27 @@ class Soak:
         ends_at = self._journal.now() + duration_s
         while (left_s := ends_at - self._journal.now()) > 0:
             await asyncio.sleep(min(_EACH_S, left_s))
-            self._tell(max(0.0, ends_at - self._journal.now()))
+            self._tell(stage, max(0.0, ends_at - self._journal.now()))
             with suppress(Exception):  # it may be away now
                 undying = await undying_keys(stage)
                 self._journal.check("each key has a life", holds=not undying, detail=str(undying))
 
-    def _tell(self, left_s: float) -> None:
+    def _tell(self, stage: Stage, left_s: float) -> None:
         journal = self._journal
         requests, excused = sum(journal.outcomes.values()), sum(journal.excused.values())
         faults, violations = sum(journal.injected.values()), sum(journal.violations.values())
-        _say(f"{left_s:4.0f} s left: {requests} requests, {faults} faults, {excused} errors excused, {violations} violations")
+        memory_mb = resident_bytes(stage.replicas[0].pids[0]) / 1e6
+        counted = f"{requests} requests, {faults} faults, {excused} errors excused, {violations} violations"
+        _say(f"{left_s:4.0f} s left: {counted}; {stage.replicas[0].name} takes {memory_mb:.0f} MB")
 
     async def _all_answer(self, stage: Stage) -> None:
         """All that was broken is whole again."""
         for replica in stage.replicas:
             for path in ("/healthz", "/readyz"):
                 status = await replica.status(path)
-                self._journal.check("replicas are well in the end", holds=status in (200, 404), detail=f"{replica.name} {path} {status}")
+                self._journal.check(
+                    "replicas are well in the end", holds=status in (200, 404), detail=f"{replica.name} {path} {status}"
+                )
 
     async def _end(self, stage: Stage) -> None:
         for replica in stage.replicas:

@@ -1,13 +1,15 @@
 """Those who ask: each kind of caller does its thing, and goes on as a good client does where something breaks."""
 
 import asyncio
+import json
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import aiohttp
-from attempts import Asker, Attempt, Left, OnEvent, Stream, reads_on
+from attempts import Asker, Attempt, Left, OnEvent, Stream, code_of, reads_on
 from excuses import REDIS, excuse
 from fleet import ADMIN_KEY, RESUME_S, Replica
 from journal import Journal
@@ -36,7 +38,9 @@ class Visit:
 class Callers:
     """So many at a time, each drawing what it does next."""
 
-    def __init__(self, asker: Asker, session: aiohttp.ClientSession, replicas: list[Replica], journal: Journal, seed: int) -> None:
+    def __init__(
+        self, asker: Asker, session: aiohttp.ClientSession, replicas: list[Replica], journal: Journal, seed: int
+    ) -> None:
         self._asker = asker
         self._session = session
         self._replicas = replicas
@@ -81,7 +85,10 @@ class Callers:
     def _question(self, text: str, *, model: str = "") -> Question:
         draw = self._draw
         return Question(
-            model or draw.choices(MODELS, (6, 2, 2))[0], draw.choice(("chat", "chat", "completions")), text, draw.choice(TENANTS)
+            model or draw.choices(MODELS, (6, 2, 2))[0],
+            draw.choice(("chat", "chat", "completions")),
+            text,
+            draw.choice(TENANTS),
         )
 
     def _popular(self) -> Question:
@@ -200,18 +207,25 @@ class Callers:
                 self._journal.check("what is purged is gone", holds=found is not True, detail=str(visit))
 
     async def _purge(self, visit: Visit, tag: str) -> bool:
-        headers, replica = {"Authorization": f"Bearer {ADMIN_KEY}"}, self._replica()
+        replica = self._replica()
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        return await self._does(visit, "purge itself", replica, f"{replica.origin}/admin/purge", headers, {"tag": tag})
+
+    async def _does(  # noqa: PLR0917  # all that makes a request
+        self, visit: Visit, kind: str, replica: Replica, url: str, headers: dict[str, str], body: Any = None
+    ) -> bool:
+        """Whether what is no question was done; a violation where it was not, and nothing excuses that."""
         attempt = Attempt(replica, visit.question, self._journal.now())
         try:
-            async with self._session.post(f"{replica.origin}/admin/purge", json={"tag": tag}, headers=headers) as response:
+            async with self._session.post(url, json=body, headers=headers) as response:
                 attempt.status, attempt.body = response.status, await response.read()
         except (aiohttp.ClientError, ConnectionError) as error:
             attempt.became, attempt.body = "cut", repr(error).encode()
         else:
-            attempt.became = "whole" if attempt.status == 200 else "refused"
-            attempt.code = "store_unavailable" if attempt.status == 503 else ""
+            attempt.became = "whole" if attempt.status < 300 else "refused"
+            attempt.code = code_of(json.loads(attempt.body)) if attempt.body else ""
         attempt.ended_at = self._journal.now()
-        return self._is_over(replace(visit, kind="purge itself"), attempt) and attempt.became == "whole"
+        return self._is_over(replace(visit, kind=kind), attempt) and attempt.became == "whole"
 
     async def _cancels(self) -> None:
         """A stream that its caller has cancelled gives nothing any more."""
@@ -228,17 +242,7 @@ class Callers:
             return
         replica, headers = self._replica(), {"Authorization": f"Bearer {stream.question.tenant}"}
         url = f"{replica.base_url}/streams/{stream.stream_id}/cancel"
-        cancelling = Attempt(replica, stream.question, self._journal.now())
-        try:
-            async with self._session.post(url, headers=headers) as response:
-                cancelling.status, cancelling.body = response.status, await response.read()
-        except (aiohttp.ClientError, ConnectionError) as error:
-            cancelling.became, cancelling.body = "cut", repr(error).encode()
-        else:
-            cancelling.became = "whole" if cancelling.status < 300 else "refused"
-            cancelling.code = "store_unavailable" if cancelling.status == 503 else ""
-        cancelling.ended_at = self._journal.now()
-        if not self._is_over(visit, cancelling) or cancelling.became != "whole":
+        if not await self._does(visit, "cancel itself", replica, url, headers):
             return
         stream.cancelled = True
         resumed = await self._asker.resume(self._replica(), stream)

@@ -9,10 +9,12 @@
 | `store_unavailable`: only-if-cached, resuming,  | Redis, or this replica's wire to it, had a fault meanwhile or     |
 | cancelling and purging only                     | just before, or the replica has just come up                      |
 | `stream_not_found`, `stream_lost` when resuming | Redis, or a wire, had a fault since the stream began              |
+| `stream_diverged` when resuming by `?after=n`   | a replica, Redis or a wire had a fault since the stream began: a   |
+|                                                 | number alone does not say what was seen of a run that is gone      |
 
-Never excused: `stream_diverged` (the answers are a pure function of the question), a time-out of the caller's, an answer that
-is wrong, mixed, cut without an error, or has pieces out of order; any 500; any other code. An excused caller asks again, or
-resumes, and must have its answer in the end.
+Never excused: any other `stream_diverged` (the answers are a pure function of the question), a time-out of the caller's, an
+answer that is wrong, mixed, cut without an error, or has pieces out of order; any 500; any other code. An excused caller asks
+again, or resumes, and must have its answer in the end.
 """
 
 from attempts import Attempt
@@ -38,6 +40,8 @@ def excuse(journal: Journal, attempt: Attempt, session_began_at: float) -> str:
         return _of_replica(journal, attempt, ("ended",))
     if attempt.code == "store_unavailable":
         return _of_redis(journal, attempt, attempt.began_at) or _of_replica(journal, attempt, ENDED)
+    if attempt.code == "stream_diverged" and attempt.counted:
+        return _of_any(journal, attempt, session_began_at)
     if attempt.code in _LOST_CODES:
         return _of_redis(journal, attempt, session_began_at, any_wire=True)
     return _of_upstream(journal, attempt, session_began_at)
@@ -46,6 +50,13 @@ def excuse(journal: Journal, attempt: Attempt, session_began_at: float) -> str:
 def _of_replica(journal: Journal, attempt: Attempt, kinds: tuple[str, ...]) -> str:
     for window in journal.faults(attempt.began_at, attempt.ended_at):
         if window.kind in kinds and window.target == attempt.replica.name:
+            return window.kind
+    return ""
+
+
+def _of_any(journal: Journal, attempt: Attempt, since: float) -> str:
+    for window in journal.faults(since - _JUST_BEFORE_S, attempt.ended_at):
+        if window.kind in (*ENDED, *REDIS, "frozen"):
             return window.kind
     return ""
 

@@ -24,7 +24,7 @@ TRANSIENT = ("Flight", "FlightReader", "RecordingReader", "Opened", "Exchange", 
 _ESTABLISHED, _CLOSE_WAIT = "01", "08"
 _COUNTED_WITHIN_S = 10.0
 # Allocators give back what they like; what grows with the load is far beyond this in ten minutes.
-MEMORY_SLACK = 0.15
+MEMORY_SLACK_MB = 64.0
 OBJECTS_SLACK = 5000
 # `[redis] max_connections`, the bell's, and one that is just being replaced.
 STORE_CONNECTIONS = 18
@@ -36,6 +36,8 @@ class Held:
 
     tasks: dict[str, int]
     kinds: dict[str, int]
+    flights: list[str]
+    """Each with what keeps it."""
     objects: int
     callers: int
     """Connections of callers."""
@@ -64,12 +66,13 @@ async def held(replica: Replica, store_port: int, counts: Path) -> Held:
     return Held(
         tasks=dict(sum((Counter(each["tasks"]) for each in told), Counter())),
         kinds=dict(sum((Counter(each["kinds"]) for each in told), Counter())),
+        flights=[flight for each in told for flight in each["flights"]],
         objects=sum(each["objects"] for each in told),
         callers=sum(each.local_port == replica.port and each.state == _ESTABLISHED for each in sockets),
         half_closed=sum(each.state == _CLOSE_WAIT for each in sockets),
         store=store,
         descriptors=sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in replica.pids) - store,
-        memory_mb=round(sum(_resident_bytes(pid) for pid in replica.pids) / 1e6, 1),
+        memory_mb=round(sum(resident_bytes(pid) for pid in replica.pids) / 1e6, 1),
     )
 
 
@@ -108,7 +111,8 @@ def _port(address: str) -> int:
     return int(address.partition(":")[2], 16)
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
+    """The memory that it has now."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -175,7 +179,7 @@ def growth(before: Left, after: Left, lasting: str) -> list[str]:
 def _beyond(now: Held, tasks: int, descriptors: int) -> Iterator[str]:
     """``tasks`` and ``descriptors`` are what a replica may have."""
     if now.transient:
-        yield f"holds {now.transient}"
+        yield f"holds {now.transient}: {now.flights}"
     if now.callers or now.half_closed:
         yield f"has {now.callers} connections of callers and {now.half_closed} half closed ones"
     if now.store > STORE_CONNECTIONS:
@@ -190,5 +194,5 @@ def _grown(before: Held, after: Held) -> Iterator[str]:
     if after.objects > before.objects + OBJECTS_SLACK:
         kinds = Counter(after.kinds) - Counter(before.kinds)
         yield f"has {after.objects} objects, and had {before.objects}; of ours there are more: {dict(kinds)}"
-    if after.memory_mb > before.memory_mb * (1 + MEMORY_SLACK):
+    if after.memory_mb > before.memory_mb + MEMORY_SLACK_MB:
         yield f"takes {after.memory_mb} MB, and took {before.memory_mb}"

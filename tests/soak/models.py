@@ -119,7 +119,9 @@ def commented(event: bytes) -> bytes:
 
 
 def in_lines(event: bytes) -> bytes:
-    return b"".join(b"data: " + line + b"\n" for line in json.dumps(json.loads(event), indent=1).encode().split(b"\n")) + b"\n"
+    return (
+        b"".join(b"data: " + line + b"\n" for line in json.dumps(json.loads(event), indent=1).encode().split(b"\n")) + b"\n"
+    )
 
 
 SHAPES = (plain, plain, crlf, commented, in_lines)
@@ -250,7 +252,9 @@ def _events(asked: Asked, identity: Identity, draw: random.Random) -> list[dict[
     pieces = [part for word in words for part in _cut(word, draw)]
     events = [event(piece) for piece in pieces]
     if chat and draw.random() < 0.5:
-        events.insert(0, {**envelope, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+        events.insert(
+            0, {**envelope, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+        )
     events.append(event(None, "stop"))
     if (asked.json.get("stream_options") or {}).get("include_usage"):
         events.append({**envelope, "choices": [], "usage": usage_of(identity)})

@@ -22,10 +22,26 @@ def _count(*_: object) -> None:
     tasks = asyncio.all_tasks() if asyncio else ()
     kinds = Counter(type(each).__qualname__ for each in objects if type(each).__module__.partition(".")[0] == "gateway")
     names = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in tasks)
-    told = {"tasks": names, "objects": len(objects), "kinds": kinds}
+    held = [each for each in objects if type(each).__qualname__ == "Flight"]
+    told = {
+        "tasks": names,
+        "objects": len(objects),
+        "kinds": kinds,
+        "flights": [_holders(each, (objects, held)) for each in held],
+    }
     path = Path(_DIRECTORY, f"{os.getpid()}.json")
     path.with_suffix(".part").write_text(json.dumps(told))
     path.with_suffix(".part").rename(path)
+
+
+def _holders(flight: object, but: tuple[object, ...]) -> str:
+    """A flight, and what keeps it."""
+    holders = [
+        each
+        for each in gc.get_referrers(flight)
+        if not any(each is one for one in but) and not isinstance(each, type(sys._getframe()))
+    ]
+    return f"{flight!r}: {[f'{type(each).__qualname__} {str(each)[:150]}' for each in holders[:6]]}"
 
 
 if _DIRECTORY:
