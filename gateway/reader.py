@@ -227,8 +227,8 @@ class _Place:
         """What is left of a chunk whose beginning the caller has."""
 
     def find(self) -> bool:
-        """Whether it is found. Raises `StreamDiverged`, `StreamLost`, and where it is beyond the end `InvalidRequest`, or why
-        the flight ended so early.
+        """Whether it is found. Raises `StreamDiverged` and `StreamLost`; where it is beyond the end, `InvalidRequest`, or
+        why the flight has ended so early.
         """
         if self._skip or not self._is_numbered():
             return self._find_by_content()
@@ -300,7 +300,8 @@ class _Place:
         except Diverged as error:
             raise StreamDiverged(str(error)) from None
         if not self._skip.reached and flight.outcome is not None:
-            raise flight.error or StreamDiverged("The run that goes on with this stream ended before all that was shown of it.")
+            message = "The run that goes on with this stream ended before all that was shown of it."
+            raise flight.error or StreamDiverged(message)
         return self._skip.reached
 
 

@@ -1,10 +1,10 @@
 """The fault matrix: what breaks × when it breaks, and what each of those concerned must see of it.
 
 `TABLE` is the overview, and complete: a cell that cannot be says why. Each cell is played for real. Three callers share one
-upstream call: who began it and a follower read the stream, and one wants the answer whole. Then it is seen what each was told,
-whether the answer is stored, how many calls the upstream had, and that nothing is left over. Other tests look closer at single
-cells: streams in every shape in `test_streams.py`, retries in `test_resilience.py`, Redis in `test_redis_faults.py`, replicas
-in `test_replicas.py`.
+upstream call: who began it and a follower read the stream, and one wants the answer whole. Then it is seen what each was
+told, whether the answer is stored, how many calls the upstream had, and that nothing is left over. Other tests look closer
+at single cells: streams in every shape in `test_streams.py`, retries in `test_resilience.py`, Redis in
+`test_redis_faults.py`, replicas in `test_replicas.py`.
 """
 
 import asyncio

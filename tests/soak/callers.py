@@ -15,7 +15,7 @@ from fleet import ADMIN_KEY, RESUME_S, Replica
 from journal import Journal
 from questions import MODELS, OWN, SHARED, TENANTS, Question
 
-_RECOVERS_WITHIN_S = 60.0
+_RECOVERS_WITHIN_S = 120.0
 """A caller that has been excused has its answer by then, whatever else breaks meanwhile."""
 _POPULAR = 30
 _HERD = 6
@@ -39,7 +39,14 @@ class Callers:
     """So many at a time, each drawing what it does next."""
 
     def __init__(
-        self, asker: Asker, session: aiohttp.ClientSession, replicas: list[Replica], journal: Journal, seed: int
+        self,
+        asker: Asker,
+        session: aiohttp.ClientSession,
+        replicas: list[Replica],
+        journal: Journal,
+        *,
+        seed: int,
+        by_number: float,
     ) -> None:
         self._asker = asker
         self._session = session
@@ -47,6 +54,8 @@ class Callers:
         self._journal = journal
         self._draw = random.Random(f"callers {seed}")
         self._seed = seed
+        self._by_number = by_number
+        """The share of the streams that have no event ids, and so are resumed by a number alone."""
         self._numbers = count(1)
         self._stop = asyncio.Event()
         self._kinds: list[tuple[int, Callable[[], Awaitable[None]]]] = [
@@ -171,7 +180,7 @@ class Callers:
         if self._draw.random() < 0.5:
             attempt = await self._asker.whole(self._replica(), visit.question, visit.headers)
         else:
-            attempt = await self._asker.stream(self._replica(), Stream(visit.question), visit.headers)
+            attempt = await self._asker.stream(self._replica(), self._stream(visit), visit.headers)
         self._is_over(visit, attempt)
 
     async def _wants_only_what_is_stored(self) -> None:
@@ -211,7 +220,7 @@ class Callers:
         headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
         return await self._does(visit, "purge itself", replica, f"{replica.origin}/admin/purge", headers, {"tag": tag})
 
-    async def _does(  # noqa: PLR0917  # all that makes a request
+    async def _does(
         self, visit: Visit, kind: str, replica: Replica, url: str, headers: dict[str, str], body: Any = None
     ) -> bool:
         """Whether what is no question was done; a violation where it was not, and nothing excuses that."""
@@ -229,8 +238,8 @@ class Callers:
 
     async def _cancels(self) -> None:
         """A stream that its caller has cancelled gives nothing any more."""
-        visit, stream = self._visit("cancel", self._new("long")), Stream(self._new("long"))
-        visit.question = stream.question
+        visit = self._visit("cancel", self._new("long"))
+        stream = self._stream(visit)
 
         async def on_event(stream: Stream) -> None:
             if stream.events == 3:
@@ -289,7 +298,8 @@ class Callers:
 
     def _stream(self, visit: Visit) -> Stream:
         draw = self._draw
-        return Stream(visit.question, usage=draw.random() < 0.3, ids=draw.random() < 0.3)
+        usage, ids = draw.random() < 0.3, draw.random() >= self._by_number
+        return Stream(visit.question, self._journal.now(), usage=usage, ids=ids)
 
     @staticmethod
     def _can_resume(stream: Stream, attempt: Attempt) -> bool:

@@ -13,8 +13,9 @@
 |                                                 | number alone does not say what was seen of a run that is gone      |
 
 Never excused: any other `stream_diverged` (the answers are a pure function of the question), a time-out of the caller's, an
-answer that is wrong, mixed, cut without an error, or has pieces out of order; any 500; any other code. An excused caller asks
-again, or resumes, and must have its answer in the end.
+answer that is wrong, mixed, cut without an error, or has pieces out of order; any 500; any other code. An excused caller
+asks again, or resumes, and must have its answer in the end. A machine that stalls (the soak itself is late) counts as a
+fault of Redis: whoever shares its processors has made it one.
 """
 
 from attempts import Attempt
@@ -25,7 +26,7 @@ _JUST_BEFORE_S = 2.0
 # A replica looks after Redis again after its cool-down; and only-if-cached waits for 5 s before it gives up.
 _REDIS_BEFORE_S = 6.0
 ENDED = ("killed", "ended")
-REDIS = ("Redis killed", "Redis frozen", "Redis read-only", "wire cut", "wire silent")
+REDIS = ("Redis killed", "Redis frozen", "Redis read-only", "wire cut", "wire silent", "machine stalled")
 _AWAY_CODES = frozenset({"upstream_unreachable", "upstream_broke", "upstream_timeout"})
 _LOST_CODES = frozenset({"stream_not_found", "stream_lost"})
 
@@ -36,6 +37,10 @@ def excuse(journal: Journal, attempt: Attempt, session_began_at: float) -> str:
         return _of_replica(journal, attempt, ENDED)
     if attempt.became not in ("refused", "broken"):
         return ""
+    return _of_error(journal, attempt, session_began_at)
+
+
+def _of_error(journal: Journal, attempt: Attempt, session_began_at: float) -> str:
     if attempt.code == "shutting_down":
         return _of_replica(journal, attempt, ("ended",))
     if attempt.code == "store_unavailable":

@@ -46,6 +46,11 @@ async def by_then(condition: Callable[[], Awaitable[bool]], within_s: float, wha
         await asyncio.sleep(0.05)
 
 
+def _spawn(command: list[str], output: Any, **options: Any) -> "subprocess.Popen[bytes]":
+    # A session of its own: a Ctrl-C in the terminal is for the soak, which then ends its children in order.
+    return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, **options)
+
+
 class RedisProcess:
     """A Redis server on a unix socket, with or without a memory of what was before it was killed."""
 
@@ -60,7 +65,7 @@ class RedisProcess:
         if program is None:
             raise SoakFailed("there is no Redis server here")
         options = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir", str(self._directory)]
-        self._process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL, start_new_session=True)
+        self._process = _spawn([program, *options], subprocess.DEVNULL)
         await by_then(self._answers, 10.0, "Redis does not start")
 
     async def _answers(self) -> bool:
@@ -177,9 +182,7 @@ class Replica:
     async def start(self) -> None:
         command = [sys.executable, "-m", "gateway", "serve", "--port", str(self.port)]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self._directory, env=self._environ, stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = _spawn(command, log, cwd=self._directory, env=self._environ)
         await by_then(self._listens, _STARTS_WITHIN_S, f"{self.name} does not start")
         self.listed = True
 

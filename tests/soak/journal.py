@@ -1,5 +1,6 @@
 """What has happened: faults with their times, calls that reached an upstream, what callers saw, and what may never be."""
 
+import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field
 
 from questions import Identity
 
+_TICK_S = 0.1
+_STALL_S = 0.4
 _SHOWN = 20
 """Of each kind of violation so many are told in full."""
 
@@ -27,7 +30,7 @@ class Window:
 
 @dataclass
 class Call:
-    """One request that reached an upstream. ``fault`` is what was wrong with its answer, ``codes`` what may be told of that."""
+    """A request that reached an upstream. ``fault`` is what was wrong with the answer, ``codes`` what that may be called."""
 
     upstream: str
     fault: str
@@ -67,6 +70,15 @@ class Journal:
             yield
         finally:
             window.ended_at = self.now() + settle_s
+
+    async def watch(self) -> None:
+        """Notes when the machine stalls, until it is cancelled."""
+        while True:
+            before = self.now()
+            await asyncio.sleep(_TICK_S)
+            if self.now() - before > _TICK_S + _STALL_S:
+                self.windows.append(Window("machine stalled", "", before, self.now() + _STALL_S))
+                self.injected["(machine stalled)"] += 1
 
     def faults(self, began_at: float, ended_at: float) -> Iterator[Window]:
         return (window for window in self.windows if window.overlaps(began_at, ended_at))

@@ -45,6 +45,8 @@ class Held:
     """Connections that the other side has closed, and it has not."""
     store: int
     """Connections to Redis."""
+    upstreams: int
+    """Connections to upstreams, kept for a next call."""
     descriptors: int
     """All others, and files."""
     memory_mb: float
@@ -58,11 +60,12 @@ class Held:
         return not (self.transient or self.callers or self.half_closed)
 
 
-async def held(replica: Replica, store_port: int, counts: Path) -> Held:
+async def held(replica: Replica, store_port: int, upstream_ports: set[int], counts: Path) -> Held:
     """Over all its processes. Raises `SoakFailed`."""
     told = [await _counted(pid, counts) for pid in replica.pids]
     sockets = [each for pid in replica.pids for each in _sockets(pid)]
     store = sum(each.remote_port == store_port for each in sockets)
+    upstreams = sum(each.remote_port in upstream_ports for each in sockets)
     return Held(
         tasks=dict(sum((Counter(each["tasks"]) for each in told), Counter())),
         kinds=dict(sum((Counter(each["kinds"]) for each in told), Counter())),
@@ -71,7 +74,8 @@ async def held(replica: Replica, store_port: int, counts: Path) -> Held:
         callers=sum(each.local_port == replica.port and each.state == _ESTABLISHED for each in sockets),
         half_closed=sum(each.state == _CLOSE_WAIT for each in sockets),
         store=store,
-        descriptors=sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in replica.pids) - store,
+        upstreams=upstreams,
+        descriptors=sum(len(_descriptors(pid)) for pid in replica.pids) - store - upstreams,
         memory_mb=round(sum(resident_bytes(pid) for pid in replica.pids) / 1e6, 1),
     )
 
@@ -98,13 +102,17 @@ class _Socket(NamedTuple):
 
 def _sockets(pid: int) -> list[_Socket]:
     """Its TCP connections (proc(5))."""
-    links = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            links.append(os.readlink(f"/proc/{pid}/fd/{name}"))
-    own = {link[8:-1] for link in links if link.startswith("socket:[")}
+    own = {link[8:-1] for link in _descriptors(pid) if link.startswith("socket:[")}
     lines = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
     return [_Socket(_port(line[1]), _port(line[2]), line[3]) for line in lines if line[9] in own]
+
+
+def _descriptors(pid: int) -> list[str]:
+    links = []
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(str(each.readlink()))
+    return links
 
 
 def _port(address: str) -> int:
@@ -147,7 +155,7 @@ class Left:
 async def look(stage: Stage, counts: Path) -> Left:
     """What is held now."""
     replicas = {
-        replica.name: await held(replica, wire.port, counts)
+        replica.name: await held(replica, wire.port, {model.port for model in stage.models}, counts)
         for replica, wire in zip(stage.replicas, stage.wires, strict=True)
     }
     return Left(replicas, await keys_left(stage), sum(model.running for model in stage.models))

@@ -14,7 +14,7 @@ SHARED, OWN, WEAK = "m-shared", "m-own", "m-weak"
 MODELS = (SHARED, OWN, WEAK)
 TENANTS = ("tenant-a", "tenant-b", "tenant-c")
 _VOCABULARY = ("gate", "flöw", "日本", "\U0001f600", "a\u2028b", '"q"', "\\n", "tail\n", "x" * 40)
-_WORDS = {"short": (3, 12), "long": (30, 60), "huge": (200, 300)}
+_WORDS = {"short": (3, 12), "long": (30, 60), "huge": (100, 150)}
 _FILLER = {"huge": "." * 800}
 
 

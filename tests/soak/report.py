@@ -56,7 +56,7 @@ def show(told: dict[str, Any], console: Console) -> None:
 
 
 def _show_left(left: dict[str, Any], console: Console) -> None:
-    names = ("tasks", "objects", "callers", "half_closed", "store", "descriptors", "memory_mb")
+    names = ("tasks", "objects", "callers", "half_closed", "store", "upstreams", "descriptors", "memory_mb")
     table = Table("left over: before → after", *names)
     for name, both in left["replicas"].items():
         before, after = both["before"] or {}, both["after"]
