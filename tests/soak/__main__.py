@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 # What the tests share, and the gateway of this tree.
-sys.path[1:1] = [str(parent) for parent in Path(__file__).parents[1:3]]
+sys.path.insert(1, str(Path(__file__).parents[1]))
+sys.path.insert(2, str(Path(__file__).parents[2]))
 
 import aiohttp
 import orjson
