@@ -10,6 +10,7 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 _DIRECTORY = os.environ.get("SOAK_COUNTS", "")
 
@@ -17,9 +18,7 @@ _DIRECTORY = os.environ.get("SOAK_COUNTS", "")
 def _count(*_: object) -> None:
     gc.collect()
     objects = gc.get_objects()
-    asyncio = sys.modules.get("asyncio")
-    # Not of the collector, which leaves out what the service has frozen.
-    tasks = asyncio.all_tasks() if asyncio else ()
+    tasks = _tasks()
     kinds = Counter(type(each).__qualname__ for each in objects if type(each).__module__.partition(".")[0] == "gateway")
     names = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in tasks)
     held = [each for each in objects if type(each).__qualname__ == "Flight"]
@@ -32,6 +31,14 @@ def _count(*_: object) -> None:
     path = Path(_DIRECTORY, f"{os.getpid()}.json")
     path.with_suffix(".part").write_text(json.dumps(told))
     path.with_suffix(".part").rename(path)
+
+
+def _tasks() -> "set[Any]":
+    """Those that are not done. Not the collector's, which leaves out what the service has frozen."""
+    try:
+        return sys.modules["asyncio"].all_tasks()
+    except (KeyError, RuntimeError):
+        return set()  # a process without a loop
 
 
 def _holders(flight: object, but: tuple[object, ...]) -> str:
