@@ -313,6 +313,8 @@ class Flights:
     # Where nobody reads
 
     def _unread(self, flight: Flight, plan: Plan | None) -> None:
+        if flight.retired:
+            return  # it was over before its readers had left, since they got their answer elsewhere
         if self._unread_since.get(flight, (0, 0.0))[0] != flight.joins:
             self._unread_since[flight] = flight.joins, asyncio.get_running_loop().time()
         if flight.background and plan:

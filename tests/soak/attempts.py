@@ -3,18 +3,23 @@
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import aiohttp
-from fleet import Replica
+from fleet import STALE_IF_ERROR_S, STALE_S, Replica
 from journal import Journal
 from models import usage_of
 from questions import Question
 
 # Nothing that is injected holds up a caller for so long.
 PATIENCE_S = 60.0
+
+_HIT = re.compile(r"gateway; hit; ttl=(-?\d+)")
+# Lives are told in whole seconds.
+_GRAIN_S = 1.0
 
 Became = Literal["running", "whole", "refused", "broken", "cut", "timeout", "left", "nothing more"]
 
@@ -41,6 +46,8 @@ class Stream:
     finished: bool = False
     cancelled: bool = False
     is_wrong: bool = False
+    kept_until: float = float("inf")
+    """Of a hit: it can be resumed for as long as it is stored."""
 
     def take(self, chunk: dict[str, Any]) -> None:
         self.events += 1
@@ -80,6 +87,7 @@ class Attempt:
     events: int = 0
     counted: bool = False
     """Whether it resumed by a number alone, which says nothing about what was seen."""
+    kept_until: float = float("inf")
     heard_at: float = 0.0
     """When something came last, a comment perhaps."""
 
@@ -154,7 +162,7 @@ class Asker:
         counted: bool = False,
     ) -> Attempt:
         async with self._attempt(replica, stream.question) as attempt:
-            attempt.counted = counted
+            attempt.counted, attempt.kept_until = counted, stream.kept_until
             async with self._request(method, url, attempt, headers, body) as response:
                 if response.status == 204:
                     attempt.became = "nothing more"
@@ -165,6 +173,10 @@ class Asker:
                     attempt.body = await response.read()
                     self._refused(attempt)
                     return attempt
+                if hit := _HIT.match(attempt.cache_status):
+                    kept_until = self._journal.now() + int(hit[1]) + max(STALE_S, STALE_IF_ERROR_S) - _GRAIN_S
+                    stream.kept_until = min(stream.kept_until, kept_until)
+                attempt.kept_until = stream.kept_until
                 stream.stream_id = response.headers.get("Gateway-Stream-Id", stream.stream_id)
                 await self._follow(response, attempt, stream, on_event)
         return attempt

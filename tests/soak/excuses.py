@@ -8,7 +8,8 @@
 |                                                 | away as a whole (unreachable, broken off or timed out)            |
 | `store_unavailable`: only-if-cached, resuming,  | Redis, or this replica's wire to it, had a fault meanwhile or     |
 | cancelling and purging only                     | just before, or the replica has just come up                      |
-| `stream_not_found`, `stream_lost` when resuming | Redis, or a wire, had a fault since the stream began              |
+| `stream_not_found`, `stream_lost` when resuming | Redis, or a wire, had a fault since the stream began; or it was a |
+|                                                 | hit whose recording has had its life                              |
 | `stream_diverged` when resuming by `?after=n`   | a replica, Redis or a wire had a fault since the stream began: a   |
 |                                                 | number alone does not say what was seen of a run that is gone      |
 
@@ -47,6 +48,8 @@ def _of_error(journal: Journal, attempt: Attempt, session_began_at: float) -> st
         return _of_redis(journal, attempt, attempt.began_at) or _of_replica(journal, attempt, ENDED)
     if attempt.code == "stream_diverged" and attempt.counted:
         return _of_any(journal, attempt, session_began_at)
+    if attempt.code == "stream_not_found" and attempt.ended_at > attempt.kept_until:
+        return "it has had its life"
     if attempt.code in _LOST_CODES:
         return _of_redis(journal, attempt, session_began_at, any_wire=True)
     return _of_upstream(journal, attempt, session_began_at)

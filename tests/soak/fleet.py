@@ -27,6 +27,8 @@ PREFIX = "soak"
 LEASE_S = 2.0
 GRACE_S = 2.0
 RESUME_S = 6.0
+ABANDON_GRACE_S = 3.0
+"""Those who come back do so sooner."""
 TTL_S, STALE_S, STALE_IF_ERROR_S = 4.0, 2.0, 2.0
 UPSTREAM_SILENCE_S = 4.0
 """How long a replica waits for an upstream that is silent. All that pauses but is no fault is shorter."""
@@ -258,7 +260,7 @@ def settings(wire: Wire, models: list[Model], counts: Path) -> dict[str, str]:
         "cache_stale_s": STALE_S,
         "cache_stale_if_error_s": STALE_IF_ERROR_S,
         "flights_lease_s": LEASE_S,
-        "flights_abandon_grace_s": 1.0,
+        "flights_abandon_grace_s": ABANDON_GRACE_S,
         "flights_resume_s": RESUME_S,
         "flights_first_byte_timeout_s": UPSTREAM_SILENCE_S,
         "flights_idle_timeout_s": UPSTREAM_SILENCE_S,
