@@ -10,6 +10,8 @@
 | cancelling and purging only                     | just before, or the replica has just come up                      |
 | `stream_not_found`, `stream_lost` when resuming | Redis, or a wire, had a fault since the stream began; or it was a |
 |                                                 | hit whose recording has had its life                              |
+| `stream_cancelled` when resuming                | a replica, Redis or a wire had a fault since the stream began:    |
+|                                                 | who ran the call could not hear that somebody reads it elsewhere  |
 | `stream_diverged` when resuming by `?after=n`   | a replica, Redis or a wire had a fault since the stream began: a   |
 |                                                 | number alone does not say what was seen of a run that is gone      |
 
@@ -46,7 +48,7 @@ def _of_error(journal: Journal, attempt: Attempt, session_began_at: float) -> st
         return _of_replica(journal, attempt, ("ended",))
     if attempt.code == "store_unavailable":
         return _of_redis(journal, attempt, attempt.began_at) or _of_replica(journal, attempt, ENDED)
-    if attempt.code == "stream_diverged" and attempt.counted:
+    if attempt.code == "stream_cancelled" or (attempt.code == "stream_diverged" and attempt.counted):
         return _of_any(journal, attempt, session_began_at)
     if attempt.code == "stream_not_found" and attempt.ended_at > attempt.kept_until:
         return "it has had its life"
