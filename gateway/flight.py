@@ -65,6 +65,11 @@ class Follower(Protocol):
         ...
 
 
+def first_run(flight: FlightId) -> str:
+    """What the run that begins a flight is called: so whoever has the log can tell whether that run ever wrote there."""
+    return flight[:8]
+
+
 class Flight:
     """One running upstream call: an append-only log of frames that any number of readers follow.
 
@@ -87,7 +92,7 @@ class Flight:
         """Where the log is shared; None for one that nobody else may see."""
         self.run = run
         """What this replica's run of the call is, or would be called."""
-        self.runs: list[tuple[str, int]] = [(run, 0)]
+        self.runs: list[tuple[str, int]] = [(first_run(name.flight) if name else run, 0)]
         """Whose frames these are: each run with the index of its first frame."""
         self.started_at = started_at
         self.outcome: Outcome | None = None
@@ -313,7 +318,9 @@ class Flight:
         return assembler
 
     def run_ended_at(self, run: str) -> int | None:
-        """The index at which another run took over from this one; None where none did, or it never wrote here."""
+        """The index at which another run took over from this one; None where none did, or it has only read here."""
+        if self.name and run == first_run(self.name.flight) and all(run != name for name, _ in self.runs):
+            return 0  # it never wrote here: what its callers saw is nowhere else
         for (name, _), (_, first_of_next) in zip(self.runs, self.runs[1:], strict=False):
             if name == run:
                 return first_of_next

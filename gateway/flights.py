@@ -21,7 +21,7 @@ from gateway.errors import (
     StreamCancelled,
     StreamLost,
 )
-from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome
+from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome, first_run
 from gateway.keeping import may_be_kept, recorded
 from gateway.limits import Limits, Place
 from gateway.mirror import Mirror
@@ -125,7 +125,8 @@ class Flights:
         name = None if plan.key is None else LogName(plan.key, FlightId(self._new_id(8)))
         # What is not kept is assembled only for a caller who wants it whole.
         kept = name is not None and self._store.is_writable
-        flight = self._flight(plan.call.api, name, assemble=kept or not plan.call.streamed)
+        run = first_run(name.flight) if name else self._new_id(4)
+        flight = self._flight(plan.call.api, name, run, assemble=kept or not plan.call.streamed)
         flight.labels, flight.background = plan.labels, plan.background
         flight.replaces = plan.background or plan.newer_than_us >= 0
         if plan.key is not None and plan.joinable:
@@ -136,7 +137,7 @@ class Flights:
 
     def follow(self, api: Api, name: LogName, plan: Callable[[], Plan]) -> Flight:
         """Reads the log of another replica's flight, for those who resume it. ``plan`` tells how to take it over."""
-        flight = self._flight(api, name)
+        flight = self._flight(api, name, self._new_id(4))
         flight.resolve("followed")
         self._by_name[name] = flight
         self._drive(flight, None, partial(self._follow, flight, plan, self._rules.terms.lease_s * _PATIENT_LEASES))
@@ -144,7 +145,7 @@ class Flights:
 
     def replay(self, api: Api, name: LogName, recording: Recording) -> Flight:
         """A closed flight that says what a recording holds."""
-        flight = self._flight(api, name)
+        flight = self._flight(api, name, self._new_id(4))
         flight.runs = list(recording.meta.runs) or flight.runs
         marks = recording.marks
         flight.copy(recording.frames(None, usage=True), marks.at_us if marks else ())
@@ -192,12 +193,12 @@ class Flights:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._sharing.close()
 
-    def _flight(self, api: Api, name: LogName | None, *, assemble: bool = True) -> Flight:
+    def _flight(self, api: Api, name: LogName | None, run: str, *, assemble: bool = True) -> Flight:
         terms = self._rules.terms
         return Flight(
             api,
             name,
-            self._new_id(4),
+            run,
             started_at=self._clock.now(),
             max_bytes=terms.max_flight_bytes,
             assemble=assemble,
@@ -271,6 +272,7 @@ class Flights:
             flight.resolve("followed")
             return False
         flight.name, flight.background = there, False
+        flight.runs = [(first_run(there.flight), 0)]
         self._by_name[there] = flight
         flight.resolve("followed")
         return False
@@ -378,6 +380,8 @@ class Flights:
     # Where nobody reads
 
     def _unread(self, flight: Flight, plan: Plan | None) -> None:
+        if flight.retired:
+            return  # it was over before its readers had left, since they got their answer elsewhere
         if self._unread_since.get(flight, (0, 0.0))[0] != flight.joins:
             self._unread_since[flight] = flight.joins, asyncio.get_running_loop().time()
         if flight.background and plan:

@@ -5,7 +5,7 @@ import logging
 from gateway.core.policy import has_broken_arguments
 from gateway.core.recording import Meta, Recording, body_spans, content_digest
 from gateway.errors import UpstreamBroke
-from gateway.flight import Flight
+from gateway.flight import Flight, first_run
 from gateway.pump import Plan
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,11 @@ def _why_not_run(flight: Flight) -> str:
         return "malformed"
 
 
+def _runs(flight: Flight) -> tuple[tuple[str, int], ...]:
+    """Whose frames these are; empty where the run that began the flight wrote them all."""
+    return () if flight.id and flight.runs == [(first_run(flight.id), 0)] else tuple(flight.runs)
+
+
 def _meta(flight: Flight, plan: Plan, now: float) -> Meta:
     body = flight.whole()
     body_id, body_created = body_spans(body)
@@ -74,7 +79,7 @@ def _meta(flight: Flight, plan: Plan, now: float) -> Meta:
         body_created=body_created,
         whole=not flight.streamed,
         flight=flight.id or "",
-        runs=tuple(flight.runs) if len(flight.runs) > 1 else (),
+        runs=_runs(flight),
         stale_s=rules.kept_stale_s,
         owner=plan.owner,
         namespace=plan.namespace,

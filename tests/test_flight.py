@@ -1,6 +1,7 @@
 """Interleavings of readers, pump and store: no sockets, no sleeps; the test's hand is the upstream."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,10 +10,21 @@ from fakes import FakeClock, FakeStore
 from scripted import USAGE, chunk
 
 from gateway.core.apis import CHAT
+from gateway.core.content import Trace
 from gateway.core.controls import Controls
 from gateway.core.pacing import Pace
 from gateway.core.policy import Directives
-from gateway.errors import NotCached, ShuttingDown, UpstreamBroke, UpstreamRefused, UpstreamReported
+from gateway.core.stream_id import Cursor
+from gateway.errors import (
+    NotCached,
+    ShuttingDown,
+    StreamDiverged,
+    UpstreamBroke,
+    UpstreamRefused,
+    UpstreamReported,
+    UpstreamTimeout,
+)
+from gateway.flight import Failed, Flight
 from gateway.questions import Request
 from gateway.reader import FlightReader, RecordingReader
 from gateway.service import Opened
@@ -380,7 +392,6 @@ async def test_a_whole_answer_is_assembled_once_for_all_who_want_it(bench):
     bench.upstream.say(OPENING, HELLO, WORLD, STOP, TAIL, DONE)
     bodies = await asyncio.gather(*(opened.reader.whole() for opened in readers))
     assert bodies[0] is bodies[1] is bodies[2]
-    assert isinstance(readers[0].reader, FlightReader)
     assert b"Hello world" in bodies[0]
 
 
@@ -429,3 +440,41 @@ async def test_closing_tells_even_those_whose_flight_has_not_yet_begun(bench):
     assert await opened.reader.next(IDLE_S) == b""
     assert isinstance(opened.reader.error, ShuttingDown)
     assert (await bench.open()).disposition.kind == "miss"
+
+
+# Where a stream goes on
+
+
+def a_flight_that_failed(*texts: str, runs: int = 1) -> Flight:
+    """Its last run broke off when it had said that."""
+    flight = Flight(CHAT, None, "run-0", started_at=0.0, max_bytes=1 << 20)
+    flight.land_head({})
+    flight.copy([b"data: %s\n\n" % json.dumps(chunk({"content": text})).encode() for text in texts], [0] * len(texts))
+    flight.runs = [(f"run-{number}", 0) for number in range(runs)]
+    flight.close(Failed(UpstreamTimeout("It has fallen silent.")))
+    return flight
+
+
+def seen(*texts: str) -> str:
+    trace = Trace()
+    for text in texts:
+        trace.add(chunk({"content": text}))
+    return trace.position()
+
+
+@pytest.mark.parametrize(
+    ("runs", "cursor"),
+    [(1, Cursor(7)), (2, Cursor(7, seen("Hello wor"))), (2, Cursor(7))],
+    ids=["by number", "by content", "by number, in another run"],
+)
+async def test_who_has_seen_more_than_a_run_that_failed_could_say_is_told_why_it_failed(runs, cursor):
+    """That the cursor is wrong, or the runs differ, is not known: the one that goes on did not come so far."""
+    reader = FlightReader(a_flight_that_failed("Hel", runs=runs), usage=False, cursor=cursor, run="run-1")
+    with pytest.raises(UpstreamTimeout):
+        await reader.head(None)
+
+
+async def test_who_has_seen_something_else_than_a_run_that_failed_is_told_that():
+    reader = FlightReader(a_flight_that_failed("Help me", runs=2), usage=False, cursor=Cursor(7, seen("Hello")), run="run-0")
+    with pytest.raises(StreamDiverged):
+        await reader.head(None)

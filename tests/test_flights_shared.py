@@ -1,7 +1,9 @@
 """Several replicas on one store, interleaved by hand: no sockets, no sleeps. Leases end when the test says so."""
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from unittest.mock import AsyncMock
@@ -315,6 +317,26 @@ async def test_what_lands_between_a_lookup_and_its_claim_is_a_hit(replicas):
     assert late.disposition.kind == "hit"
     assert await whole_stream(late) == stream
     assert replicas.calls == [1, 0, 0]
+
+
+async def test_nothing_is_kept_of_a_flight_whose_answer_had_landed_before_it_began(replicas):
+    """Its reader goes on to what is stored when the flight is over already."""
+    a, b, _ = replicas.start()
+    await a.open()
+    await a.asked()
+    b.store.claim_gate = asyncio.Event()
+    asking = asyncio.ensure_future(b.open())
+    await come(lambda: b.store.claims)
+    a.upstream.say(HELLO, STOP, DONE)
+    await come(lambda: replicas.store.recordings)
+    [flight] = b.flights._tasks
+    flight = weakref.ref(flight)
+    b.store.claim_gate.set()
+    b.leave(await asking)
+    await replicas.landed()
+    await some_turns()
+    gc.collect()
+    assert flight() is None
 
 
 async def test_all_who_wait_for_a_claim_get_what_has_landed(replicas):

@@ -5,11 +5,12 @@ chunk (measured: 80 µs against 2 µs), and its requests 0.4 ms that every first
 here, but for another key in the place of one that is refused.
 """
 
+import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -400,9 +401,41 @@ def _data(event: Event) -> bytes:
 
 async def _bytes(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The body as it comes, decompressed. Raises `UpstreamError`."""
-    with _errors_mapped(begun=True):
+    with _errors_mapped(begun=True), _loss_noticed(response):
         async for data in response.content.iter_any():
             yield data
+
+
+@contextmanager
+def _loss_noticed(response: aiohttp.ClientResponse) -> Iterator[None]:
+    """Tells the reader of a body that its connection is gone.
+
+    aiohttp 3.14 forgets that where the chunks cannot be parsed: it closes the connection, and the reader waits for ever.
+    """
+    protocol = None if response.connection is None else response.connection.protocol
+    closed = None if protocol is None else protocol.closed
+    if closed is None:
+        yield
+        return
+
+    def tell(_: "asyncio.Future[None]") -> None:
+        content = response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection was lost"))
+
+    closed.remove_done_callback(_fetch)  # the connection may have served before
+    closed.add_done_callback(_fetch)
+    closed.add_done_callback(tell)
+    try:
+        yield
+    finally:
+        closed.remove_done_callback(tell)
+
+
+def _fetch(closed: "asyncio.Future[None]") -> None:
+    """How a connection ends later is nobody's concern, and asyncio would complain that nobody has looked."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 class _errors_mapped:  # noqa: N801  # used as a with statement, like contextlib's
