@@ -125,7 +125,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     purges = Purges(store, clock, longest_s=longest_s)
     tally = Tally(store)
     flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally, limits)
-    metrics = Metrics(Sources(running, flights, tally, lambda: store.state, lambda: _states(router)))
+    metrics = Metrics(Sources(running, flights, tally, lambda: store.state, lambda: _states(router), limits.snapshot))
     sinks: list[Sink] = [access_log] if config.log.access else []
     if config.metrics.enabled:
         sinks.append(metrics.requests)

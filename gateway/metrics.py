@@ -236,6 +236,8 @@ class Sources(NamedTuple):
     tally: Tally
     store: Callable[[], StoreState]
     upstreams: Callable[[], Iterable[UpstreamState]]
+    limits: Callable[[], Mapping[str, Mapping[str, int]]]
+    """By what they limit: how many there are ``now``, the ``limit``, and how often one more was ``refused``."""
 
 
 class Worker(NamedTuple):
@@ -280,6 +282,7 @@ class Metrics:
         yield from self.requests.families()
         yield from self._served()
         yield from _store_families(self._sources.store())
+        yield from _limit_families(self._sources.limits())
         yield from _upstream_families(list(self._sources.upstreams()))
         yield _histograms(
             "gateway_event_loop_lag_seconds", "By how much the event loop is late.", "", {"": self.lag.seconds}
@@ -325,6 +328,28 @@ def _store_families(state: StoreState) -> Iterator[Metric]:
     yield _by("gateway_store_failures", text, CounterMetricFamily, "kind", state.failures)
     text = "Lookups that were given up because no answer had come in time."
     yield CounterMetricFamily("gateway_store_late_lookups", text, state.late_lookups)
+
+
+def _limit_families(told: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
+    places = {what: found for what, found in told.items() if what != "held_bytes"}
+    gauge, counter = GaugeMetricFamily, CounterMetricFamily
+    now, most = ({what: found[name] for what, found in places.items()} for name in ("now", "limit"))
+    yield _by("gateway_limit_taken", "How many there are of what is limited.", gauge, "limit", now)
+    yield _by("gateway_limit_places", "How many there may be; 0: any number.", gauge, "limit", most)
+    refused = counter("gateway_limit_refused", "What was refused for a limit.", labels=["limit", "scope"])
+    for what, found in told.items():
+        refused.add_metric([what, "all"], found["refused"])
+        if "refused_to_tenants" in found:
+            refused.add_metric([what, "tenant"], found["refused_to_tenants"])
+    yield refused
+    held = told["held_bytes"]
+    yield gauge("gateway_held_bytes", "Bytes that are held for requests and answers.", held["now"])
+    yield gauge("gateway_held_bytes_limit", "How many there may be; 0: any number.", held["limit"])
+    connections = told["connections"]
+    text = "Idle connections that were closed to make room."
+    yield counter("gateway_connections_evicted", text, connections["evicted"])
+    text = "Connections that were not taken for want of file descriptors."
+    yield counter("gateway_connections_unaccepted", text, connections["unaccepted"])
 
 
 def _upstream_families(states: Collection[UpstreamState]) -> Iterator[Metric]:

@@ -379,3 +379,25 @@ async def test_one_scrape_tells_of_all_workers_also_of_one_that_hangs_or_was_rep
                 except aiohttp.ClientError:
                     pass  # what was being asked of the killed one
         assert await asyncio.to_thread(served.end) == 0
+
+
+async def test_limits_and_what_they_have_refused_are_told(start, upstream):
+    async def waits(asked: Asked) -> None:
+        await asked.gate("answer")
+        await say_hello(asked)
+
+    upstream.script = waits
+    gateway = await start(limits={"max_flights": 1})
+    running = asyncio.create_task(gateway.chat("one"))
+    await upstream.gate("answer").reached.wait()
+    assert (await gateway.chat("two")).status == 503
+    samples = await scraped(gateway)
+    assert samples("gateway_limit_taken", limit="flights") == samples("gateway_limit_places", limit="flights") == 1
+    assert samples("gateway_limit_refused_total", limit="flights", scope="all") == 1
+    assert samples("gateway_limit_refused_total", scope="tenant") == 0
+    assert samples("gateway_held_bytes") > 0
+    assert samples("gateway_held_bytes_limit") > samples("gateway_held_bytes")
+    upstream.gate("answer").released.set()
+    assert (await running).status == 200
+    await gateway.landed()
+    assert (await scraped(gateway))("gateway_limit_taken", limit="flights") == 0

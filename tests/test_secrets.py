@@ -481,3 +481,16 @@ def run_commands(everything: Everything, secrets: Secrets, environ: dict[str, st
         said, _ = process.communicate(timeout=PATIENCE_S)
         assert said
         everything.add(f"the command {process.args}", said)
+
+
+async def test_a_callers_key_is_shown_to_no_other_upstream_when_models_are_listed(start_gateway, upstream, secrets):
+    """Whose it is nobody can tell, where several upstreams are asked with callers' own keys."""
+    one = {"name": "one", "kind": "openai", "base_url": upstream.base_url, "models": ["one-*", "known"]}
+    other = {**one, "name": "other", "models": ["other-*"]}
+    headers = {"Authorization": f"Bearer {secrets['caller']}"}
+    for upstreams, shown in (([one, other], False), ([one], True)):
+        gateway = await start_gateway(upstreams=upstreams)
+        async with gateway.session.get(f"{gateway.base_url}/models", headers=headers) as response:
+            assert response.status == 200
+            assert "known" in await response.text()
+        assert any(secrets["caller"] in asked.headers.get("authorization", "") for asked in upstream.asked) is shown

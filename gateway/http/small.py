@@ -66,7 +66,7 @@ class Models:
 
     async def _listed(self, upstream: Upstream, request: web.Request) -> list[dict[str, Any]]:
         patterns = self._catalogue.globs_of(upstream)
-        if not patterns:
+        if not patterns or (upstream.passes_credential and self._is_one_of_several(upstream)):
             return []
         names = CREDENTIAL_HEADERS if upstream.passes_credential else ()
         try:
@@ -75,6 +75,10 @@ class Models:
             log.debug("%s does not list its models: %s", upstream.name, error)
             return []
         return [model for model in models if any(fnmatchcase(model["id"], pattern) for pattern in patterns)]
+
+    def _is_one_of_several(self, upstream: Upstream) -> bool:
+        """Whether others are asked with callers' keys, too: nobody can tell whose a key is, and it is shown to no other."""
+        return any(each.passes_credential for each in self._catalogue.upstreams if each is not upstream)
 
 
 def health(store: Store) -> Any:
