@@ -238,7 +238,7 @@ class Flights:
             self._retire(flight)
 
     async def _fly(self, flight: Flight, plan: Plan) -> None:
-        if plan.key is None or not plan.joinable or await self._claims(flight, plan):
+        if plan.key is None or not (plan.joinable and plan.claims) or await self._claims(flight, plan):
             flight.resolve("led")
             await self._lead(flight, plan)
         elif flight.resolution == "followed":

@@ -59,6 +59,8 @@ class Plan:
     """Whether nobody waits for it: it is to be stored, to replace a stale answer or to be another sample."""
     newer_than_us: int = -1
     """A recording of a flight that began by then was looked at, and would not do."""
+    claims: bool = True
+    """Whether the store is asked who leads. Not where it has just failed to answer: nobody is to wait for it twice."""
     noted: Callable[[], bytes] = bytes
     """What another replica needs of the request to take the flight over."""
     request: Callable[[], bytes] = bytes

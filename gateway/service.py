@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -221,8 +221,11 @@ class Service:
     async def _start(self, question: Question, miss: Disposition, seen_us: int) -> Opened | None:
         """Begins a flight, which may turn out to follow another replica's; None where its recording has landed meanwhile."""
         _check_that_asking_is_allowed(question.request)
+        plan = self._questions.plan(question, newer_than_us=seen_us)
+        if miss.detail == "store-unavailable":
+            plan = replace(plan, claims=False)
         try:
-            flight = self._flights.start(self._questions.plan(question, newer_than_us=seen_us))
+            flight = self._flights.start(plan)
         except (Overloaded, TenantOverloaded) as error:
             return await self._stale_or_none(question, error)
         return await self._opened_when_resolved(question, flight, miss)

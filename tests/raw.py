@@ -13,7 +13,7 @@ from yarl import URL
 
 from gateway.app import RUNNING
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 @dataclass

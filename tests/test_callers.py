@@ -13,7 +13,7 @@ import sys
 from contextlib import asynccontextmanager
 
 import pytest
-from raw import HEALTH, by_then, connected, left_over, nothing_is_left, read_answer, tell
+from raw import HEALTH, PATIENCE_S, by_then, connected, left_over, nothing_is_left, read_answer, tell
 from scripted import chunk
 from yarl import URL
 
@@ -225,7 +225,7 @@ async def test_a_request_that_stops_or_trickles_is_answered_with_408_and_the_end
 ):
     async with connected(hasty) as (reader, writer):
         sending = asyncio.ensure_future(trickle(writer, pieces))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await read_answer(reader)
             if pieces[0].startswith(get()):
                 assert answer.status == 200
@@ -246,14 +246,15 @@ async def trickle(writer, pieces):
             await asyncio.sleep(0.01)  # the caller's own slowness
 
 
-async def test_a_body_that_is_long_but_comes_at_some_rate_is_served(hasty):
+async def test_a_body_that_is_long_but_comes_at_some_rate_is_served(start_gateway):
+    gateway = await start_gateway(server={"read_timeout_s": 0.5})
     body = BODY.ljust(8000)
-    async with connected(hasty) as (reader, writer):
+    async with connected(gateway) as (reader, writer):
         writer.write(post(body=body)[: -len(body)])
         for start in range(0, len(body), 1000):
             writer.write(body[start : start + 1000])
             await writer.drain()
-            await asyncio.sleep(0.03)  # longer, together, than a body may stop
+            await asyncio.sleep(0.1)  # longer, together, than a body may stop
         assert (await read_answer(reader)).status == 200
 
 
@@ -396,7 +397,7 @@ async def test_no_answer_is_written_far_ahead_of_a_caller_who_does_not_read_or_h
     start_gateway, upstream, caplog, sent, reads
 ):
     upstream.script = much_at_once
-    gateway = await start_gateway(server={"write_timeout_s": 0.5})
+    gateway = await start_gateway(server={"write_timeout_s": 1.0})
     await gateway.chat("stored", stream=True)
     await gateway.landed()
     ahead = [0]

@@ -299,6 +299,51 @@ async def test_a_broken_store_is_nobodys_fault(bench):
     await bench.landed()
 
 
+def _take_away(bench: Bench) -> None:
+    bench.store.broken = True
+    bench.store.available = bench.store.is_writable = False
+
+
+async def test_nothing_is_made_for_a_store_that_takes_nothing(bench):
+    _take_away(bench)
+    opened = await bench.open()
+    await bench.asked()
+    bench.upstream.say(HELLO, STOP, DONE)
+    bench.upstream.end()
+    assert b"Hello" in await read_all(opened)
+    await bench.landed()
+    assert isinstance(opened.reader, FlightReader)
+    assert opened.reader.flight.recording is None
+    assert await opened.reader.outcome(IDLE_S) == (False, "store-unavailable")
+
+
+async def test_what_was_not_assembled_as_it_came_is_whole_for_who_wants_it_so(bench):
+    _take_away(bench)
+    stream = await bench.open()
+    await bench.asked()
+    bench.upstream.say(OPENING, HELLO)
+    whole = await bench.open(stream=False)
+    assert whole.disposition.kind == "collapsed"
+    bench.upstream.say(WORLD, STOP, TAIL, DONE)
+    assert b"Hello world" in await whole.reader.whole()
+    assert b"world" in await read_all(stream)
+
+
+async def test_a_store_that_is_back_by_the_end_gets_what_began_without_it(bench):
+    _take_away(bench)
+    opened = await bench.open()
+    await bench.asked()
+    bench.upstream.say(OPENING, HELLO, WORLD)
+    bench.store.broken = False
+    bench.store.available = bench.store.is_writable = True
+    bench.upstream.say(STOP, DONE)
+    bench.upstream.end()
+    await read_all(opened)
+    await bench.landed()
+    [recording] = bench.store.recordings.values()
+    assert b"Hello world" in recording.body
+
+
 async def test_closing_tells_every_reader(bench):
     opened, whole = await bench.open(), await bench.open(stream=False)
     await bench.asked()

@@ -1177,6 +1177,29 @@ async def test_a_store_that_is_away_at_the_end_costs_the_recording_and_nothing_e
     assert (await a.open()).disposition.kind in {"hit", "collapsed", "miss"}
 
 
+async def test_nobody_waits_for_the_rest_of_what_ended_while_the_store_was_away(replicas, monkeypatch):
+    """Though its lease still holds by then: who held it says that it is over."""
+    monkeypatch.setattr("gateway.sharing._AGAIN_S", 0.01)
+    a, b, _ = replicas.start()
+    first = await a.open()
+    await a.asked()
+    a.upstream.say(OPENING)
+    await come(lambda: replicas.log(first).count == 1)
+    a.store.broken = True
+    a.upstream.say(HELLO, STOP, DONE)
+    a.upstream.end()
+    assert text_of(await read_all(first)) == "Hello"
+    await replicas.landed()
+    assert replicas.store.now
+    a.store.broken = False
+    await come(lambda: not replicas.store.now)
+    second = await b.open()
+    await b.asked()
+    b.upstream.say(WORLD, STOP, DONE)
+    b.upstream.end()
+    assert text_of(await read_all(second)) == " world"
+
+
 async def test_a_flight_that_began_while_the_store_was_away_is_shared_when_it_is_back(replicas):
     a, b, _ = replicas.start()
     a.store.broken = True

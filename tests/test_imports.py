@@ -23,7 +23,6 @@ ONLY_IN = {
     "prometheus_client": ["gateway/metrics.py"],
     "aiohttp.web": ["gateway/http/", "gateway/app.py"],
     "aiohttp.typedefs": ["gateway/http/", "gateway/app.py", "gateway/upstreams/"],
-    "aiohttp.http": ["gateway/http/connection.py"],
     "aiohttp.http_exceptions": ["gateway/http/"],
     "aiohttp.streams": ["gateway/http/connection.py"],
     "aiohttp.web_protocol": ["gateway/http/connection.py"],

@@ -352,3 +352,49 @@ async def test_replicas_on_a_cluster_share_one_call_and_all_keys_of_it_are_in_on
     async with two.session.get(f"{two.base_url}/streams/{stream_id}?after=1") as rest:
         assert (await rest.read()).count(b"data: ") == 2
     assert len(upstream.asked) == 1
+
+
+async def test_callers_do_not_notice_that_slots_move_under_them(own_nodes, start_gateway, upstream, monkeypatch, caplog):
+    """While it is looked up, streamed and stored, with the keys on both sides of a move that is not done."""
+    monkeypatch.setattr("gateway.flights._LINGER_S", 0.0)
+    gateway = await start_gateway(redis={"url": own_nodes.url, "cluster": True, "prefix": "moved"})
+    clients = [Redis(port=port) for port in own_nodes.ports]
+
+    def place() -> tuple[int, int]:
+        """The slot of all that is stored, and who has it."""
+        [(slot, node)] = {
+            (key_slot(name), node) for node, client in enumerate(clients) for name in client.keys("moved:{*}:*")
+        }
+        return slot, node
+
+    async def say_hello(asked):
+        await asked.head()
+        await asked.event(chunk({"role": "assistant", "content": "Hello"}))
+        await asked.gate("middle")
+        await asked.event(chunk({}, "stop"))
+        await asked.done()
+
+    upstream.script = say_hello
+    asking = asyncio.create_task(gateway.chat(stream=True))
+    await upstream.gate("middle").reached.wait()
+    await until(lambda: any(client.keys("moved:{*}:log:*") for client in clients))
+    slot, source = place()
+    target = (source + 1) % 3
+    move_slot(own_nodes, slot, source, target, finish=False)
+    upstream.gate("middle").released.set()
+    assert (await asking).events[-1] == "[DONE]"
+    await gateway.landed()
+    # With keys on both sides no script runs, so it was not stored.
+    for stream in (True, False):
+        assert (await gateway.chat(stream=stream)).status == 200
+    await gateway.landed()
+    move_slot(own_nodes, slot, source, target)
+    async with asyncio.timeout(10):
+        for stream in (True, False):
+            while "; hit" not in (answer := await gateway.chat(stream=stream)).cache_status:
+                assert answer.status == 200
+                await gateway.landed()
+    assert place() == (slot, target)
+    assert not [record for record in caplog.records if "without the cache" in record.getMessage()]
+    for client in clients:
+        client.close()

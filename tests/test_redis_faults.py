@@ -445,6 +445,36 @@ async def test_a_server_that_refuses_writes_is_still_read(own_redis, admin, open
     assert "refuses" in caplog.text
 
 
+@pytest.mark.parametrize("refuse_writes", [read_only, full, forbidden])
+async def test_a_server_that_refuses_writes_is_left_alone_with_them_for_a_moment(
+    own_redis, admin, open_store, refuse_writes
+):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    assert store.is_writable
+    await refuse_writes(admin)
+    with pytest.raises(StoreUnavailable):
+        await store.store(KEY, begun(1, b"{}"))
+    assert not store.is_writable
+    for call in (store.store(KEY, RECORDING), store.claim(LOG, Writer(store.replica, "00000001"))):
+        with pytest.raises(StoreUnavailable, match="refuses"):
+            call.send(None)
+    await admin.replicaof("NO", "ONE")
+    await admin.config_set("maxmemory", 0)
+    await admin.execute_command("ACL", "SETUSER", "default", "+hset")
+    await until(lambda: store.is_writable)
+    await store.store(KEY, begun(2, b"{}"))
+    assert store.is_writable
+
+
+async def test_a_secret_of_another_type_is_replaced(own_redis, admin, open_store, caplog):
+    await admin.lpush("gw:secret", "of another type")
+    store = await open_store(own_redis.url)
+    assert store.available
+    assert await admin.get("gw:secret") == store.secret
+    assert len(warnings(caplog)) == 1
+
+
 async def test_a_replica_that_takes_no_secret_is_read_under_the_one_it_has(own_redis, admin, open_store):
     await admin.set("gw:secret", b"the secret of the others")
     await read_only(admin)

@@ -18,6 +18,7 @@ from running import Gateway, RedisServer, next_block
 from scripted import Asked, ScriptedUpstream, chunk
 from stores import Proxy, until
 
+from gateway.flight import Flight
 from gateway.store import scripts
 
 pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
@@ -317,7 +318,7 @@ async def test_while_it_is_stored(start_gateway, rig, fault, caplog):
 
 @each_fault
 async def test_in_the_middle_of_a_replay(start_gateway, rig, fault, caplog):
-    gateway = await start_gateway(**settings(rig, replay={"pace": "fixed", "frames_per_s": 10.0}))
+    gateway = await start_gateway(**settings(rig, replay={"pace": "fixed", "frames_per_s": 20.0}))
     await is_served(gateway, "asked", stream=False)
     await gateway.landed()
     async with asyncio.timeout(WITHIN_S), gateway.opened("asked", stream=True) as response:
@@ -363,6 +364,24 @@ async def test_no_token_is_held_up_by_a_redis_that_takes_seconds(start_gateway, 
     assert len(upstream.asked) == 1
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_who_has_waited_for_a_lookup_does_not_wait_for_redis_again(start_gateway, rig, monkeypatch, stream):
+    """Not for a claim, and not for the news that the answer is stored."""
+    waits, is_kept = [], Flight.is_kept
+
+    async def noted(self: Flight, within_s: float) -> bool | None:
+        waits.append(within_s)
+        return await is_kept(self, within_s)
+
+    monkeypatch.setattr(Flight, "is_kept", noted)
+    gateway = await start_gateway(**settings(rig))
+    rig.proxy.delay_s = 60
+    assert UNAVAILABLE in await is_served(gateway, "asked", stream=stream)
+    assert gateway.store.available
+    assert scripts.CLAIM.digest.encode() not in rig.proxy.asked
+    assert waits == ([] if stream else [0.0])
+
+
 async def test_a_redis_that_is_away_is_asked_nothing_by_requests(start_gateway, rig):
     """So none can wait for it: only the watch looks, once in a while."""
     gateway = await start_gateway(redis={"url": rig.proxy.url, **SETTINGS, "cooldown_s": 60.0})
@@ -370,10 +389,12 @@ async def test_a_redis_that_is_away_is_asked_nothing_by_requests(start_gateway, 
     while gateway.store.available:
         await are_served(gateway, "asked until it counts as away")
     await gateway.landed()
+    paces = gateway.store._server._paces.values()
+    await until(lambda: not any(lookups._running for lookups in paces))
     before = rig.proxy.asked
     for number in range(20):
         await are_served(gateway, f"asked {number}")
     await gateway.landed()
     asked = rig.proxy.asked[len(before) :]
-    assert b"EVAL" not in asked
     assert b"HMGET" not in asked
+    assert scripts.CLAIM.digest.encode() not in asked

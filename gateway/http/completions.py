@@ -127,7 +127,9 @@ def is_json(content_type: str) -> bool:
 
 async def _whole(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
     answer = await opened.reader.whole()
-    kept, why_not = await opened.reader.outcome(timing.stored_within_s)
+    # Nobody waits twice for a store that does not answer.
+    within_s = 0.0 if opened.disposition.detail == "store-unavailable" else timing.stored_within_s
+    kept, why_not = await opened.reader.outcome(within_s)
     if kept or why_not:
         told = opened.disposition
         opened.disposition = told._replace(stored=bool(kept), detail=why_not or told.detail)

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from aiohttp import web
-from aiohttp.http import HttpVersion10
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
@@ -60,7 +59,7 @@ def _served(handler: _Handler) -> _Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
-            if request.version < HttpVersion10:
+            if request.version < (1, 0):
                 raise web.HTTPBadRequest(reason="Only HTTP/1.0 and HTTP/1.1 are served.")  # 505 is for 2 and up
             return await handler(request)
         except web.HTTPException as error:  # an `Expect` that nobody knows, too

@@ -105,6 +105,9 @@ def _served(version: str, relay_paths: Iterable[str]) -> Json:
 # Operations
 
 
+# Of what RFC 9651 allows, the simple forms: no parameters, no escapes.
+_SF_SECONDS = r"^[0-9]{1,12}(\.[0-9]{1,3})?$"
+_SF_NAME = r"([A-Za-z*][A-Za-z0-9!#$%&'*+.^_`|~:/-]{0,127}|\"[ !#-\[\]-~]{1,128}\")"
 _ANSWER_PARAMETERS = ("CacheControl", "CacheTtl", "CacheNamespace", "CacheTags", "EventIds", "RequestId")
 
 
@@ -217,7 +220,7 @@ _ENTRIES_QUERY: dict[str, Json] = {
     "tag": {"type": "string", "description": "Only entries with this tag."},
     "min_age_s": {"type": "number", "minimum": 0},
     "max_age_s": {"type": "number", "minimum": 0},
-    "min_bytes": {"type": "integer", "minimum": 0},
+    "min_bytes": {"type": "integer", "minimum": 0, "maximum": 2**53},
     "stale": {"type": "boolean", "description": "Only entries that are not fresh any more."},
     "limit": {
         "type": "integer",
@@ -226,7 +229,7 @@ _ENTRIES_QUERY: dict[str, Json] = {
         "default": 100,
         "description": "About how many: the store's pages are given in full.",
     },
-    "cursor": {"type": "string", "description": "The `cursor` of the answer before."},
+    "cursor": {"type": "string", "pattern": "^[0-9]{0,19}$", "description": "The `cursor` of the answer before."},
 }
 
 
@@ -244,7 +247,9 @@ def _admin_paths() -> Json:
         "/admin/entries/{key}": {
             "parameters": [entry_key],
             "get": found,
-            "delete": _reported(_administered("purgeEntry", "Deletes an entry with all its samples.", "Purged")),
+            "delete": _reported(
+                _administered("purgeEntry", "Deletes an entry with all its samples.", "Purged", errors=(404, 503))
+            ),
         },
         "/admin/purge": {"post": purge},
         "/admin/stats": {
@@ -328,7 +333,8 @@ def _admin_schemas() -> Json:
     }
     listing = {"object": {"const": "list"}, "data": _array(_ref("schemas", "CacheEntry")), "cursor": text, "scanned": whole}
     parts = {"timing": timing, "stream": texts, "body": {}, "request": {}, "samples": texts, "stored_bytes": whole}
-    explain = {"api": {"enum": ["chat", "completions"]}, "request": {"type": "object"}, "headers": {"type": "object"}}
+    explain = {"api": {"enum": ["chat", "completions"]}, "headers": {"type": "object", "additionalProperties": text}}
+    explain["request"] = {"anyOf": [_ref("schemas", "ChatCompletionRequest"), _ref("schemas", "CompletionRequest")]}
     return {
         "CacheEntry": _object(entry, *entry),
         "CacheEntries": _object(listing, *listing),
@@ -433,7 +439,8 @@ def _events(chunk: str) -> Json:
         f"Server-sent events: the data of each is a {chunk}, and of the last one `[DONE]`. Comments keep the connection "
         "alive. After a failure the last event is an Error, and no `[DONE]` follows."
     )
-    return {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+    # No type: some tools take it for that of a whole stream, others for that of an event.
+    return {"text/event-stream": {"schema": {"description": text}}}
 
 
 def _json(schema: Json) -> Json:
@@ -491,12 +498,16 @@ def _parameters() -> Json:
     return {
         "StreamId": _parameter("id", "path", _string("`Gateway-Stream-Id` of the answer.")),
         "LastEventId": _parameter("Last-Event-ID", "header", _string(cursor)),
-        "After": _parameter("after", "query", _string("How many events the caller has, where it counts them itself.")),
+        "After": _parameter(
+            "after", "query", _string("How many events the caller has, where it counts them itself.", pattern="^[0-9]{1,9}$")
+        ),
         "EventIds": _parameter("Gateway-Event-Ids", "header", _string("`?1`: each event of the stream has an `id`.")),
         "CacheControl": _parameter("Cache-Control", "header", _string(cache_control)),
-        "CacheTtl": _parameter("Gateway-Cache-TTL", "header", _string(ttl)),
-        "CacheNamespace": _parameter("Gateway-Cache-Namespace", "header", _string(namespace)),
-        "CacheTags": _parameter("Gateway-Cache-Tags", "header", _string(tags)),
+        "CacheTtl": _parameter("Gateway-Cache-TTL", "header", _string(ttl, pattern=_SF_SECONDS)),
+        "CacheNamespace": _parameter("Gateway-Cache-Namespace", "header", _string(namespace, pattern=f"^{_SF_NAME}$")),
+        "CacheTags": _parameter(
+            "Gateway-Cache-Tags", "header", _string(tags, pattern=f"^{_SF_NAME}(, {_SF_NAME}){{0,15}}$")
+        ),
         "RequestId": _parameter("X-Request-Id", "header", _string("Names the request in logs and in the answer.")),
     }
 

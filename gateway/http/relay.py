@@ -53,7 +53,9 @@ class Relay:
         """A key of the gateway's own serves only what the configuration names; a caller's own key is the caller's."""
         if any(part in ("", ".", "..") for part in path.split("/")):
             return False
-        return upstream.passes_credential or any(path == own or path.startswith(f"{own}/") for own in self._paths)
+        if upstream.passes_credential:
+            return True
+        return _is_plain(path) and any(path == own or path.startswith(f"{own}/") for own in self._paths)
 
     async def _destination(self, request: web.Request) -> tuple[Upstream | None, AsyncIterator[bytes] | bytes | None]:
         if not request.can_read_body:
@@ -100,3 +102,8 @@ class Relay:
                 if request.transport:
                     request.transport.abort()
             return response
+
+
+def _is_plain(path: str) -> bool:
+    """Whether no server can take it for another path: some undo escapes twice, or leave out what follows a semicolon."""
+    return path.isprintable() and not any(char in path for char in "%\\;")

@@ -5,8 +5,8 @@ After a few failures in a row it counts as away: nobody waits for it, until a wa
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from redis.asyncio.cluster import RedisCluster
@@ -61,6 +61,8 @@ class Server:
         self._failures = 0
         self._epoch = 0
         """How many failures in a row were counted: a call that began in an earlier epoch was hit by one that was counted."""
+        self.on_corrupt: Callable[[Command, StoreCorrupt], object] = lambda *_: None
+        """Called where a script has met something that is not ours."""
         self._refuses_until_s = float("-inf")
         self._closed = False
         self._fell = asyncio.Event()
@@ -81,11 +83,21 @@ class Server:
         """Whether it is there and has refused no write lately."""
         return self.available and _now() >= self._refuses_until_s
 
-    def check_writable(self) -> None:
-        """For what has to be written, and costs something to try. Raises `StoreUnavailable`."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around a write that costs something to try: once one is refused, nobody tries for a moment.
+
+        Raises `StoreUnavailable`.
+        """
         self._refuse_if_away()
         if not self.is_writable:
             raise StoreRefused("the store refuses to store")
+        try:
+            yield
+        except StoreRefused:
+            if not self.has_nodes:  # of which one does not speak for the others
+                self._refuses_until_s = _now() + self.config.cooldown_s
+            raise
 
     @property
     def has_nodes(self) -> bool:
@@ -130,6 +142,8 @@ class Server:
             answer = await self._paces[pace].run(command)
         except StoreError as error:
             self._failed(error, began)
+            if isinstance(error, StoreCorrupt):
+                self.on_corrupt(command, error)
             raise
         if pace == "quick":
             self._failures = 0
@@ -175,6 +189,9 @@ class Server:
                 self._failed(error, began)
                 raise
         answers = [as_store_error(answer) if isinstance(answer, Exception) else answer for answer in answers]
+        for command, answer in zip(commands, answers, strict=True):
+            if isinstance(answer, StoreCorrupt):
+                self.on_corrupt(command, answer)
         failures = [answer for answer in answers if isinstance(answer, StoreError)]
         for failure in {type(failure): failure for failure in failures}.values():
             # One node of a cluster that fails does not speak for the others.
@@ -199,7 +216,6 @@ class Server:
         """What the failure of more than a lookup says of the server."""
         if isinstance(error, StoreRefused):
             # No reason to stop looking things up.
-            self._refuses_until_s = _now() + self.config.cooldown_s
             self._counts["refused"] += 1
             self.warn("Redis refuses to store: %s", error)
         elif isinstance(error, StoreCorrupt):

@@ -310,6 +310,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> UpstreamError:
     if response.status < 400:
         return UpstreamBroke("The upstream redirects to another address: its base_url is not right.")
     kind = response.headers.get("content-type", "application/json")
+    kind = kind if kind.isprintable() else "application/octet-stream"
     return UpstreamRefused(response.status, await _read(response), kind, _passed_back(response))
 
 
@@ -332,7 +333,8 @@ def _passes_back(name: str, names: frozenset[str]) -> bool:
 
 def _passed_back(response: aiohttp.ClientResponse, names: frozenset[str] = _PASSED_BACK) -> dict[str, str]:
     headers = ((name.lower(), value) for name, value in response.headers.items())
-    return {name: value for name, value in headers if _passes_back(name, names)}
+    # What is no text, or would end a line, is in no header of ours.
+    return {name: value for name, value in headers if _passes_back(name, names) and value.isprintable()}
 
 
 def _hidden(headers: Mapping[str, str], hide: Hider) -> dict[str, str]:
