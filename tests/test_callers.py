@@ -392,6 +392,7 @@ ROWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "reads"), ROWS)
 async def test_no_answer_is_written_far_ahead_of_a_caller_who_does_not_read_or_hardly_and_who_is_let_go(
     start_gateway, upstream, caplog, sent, reads

@@ -1076,6 +1076,7 @@ async def test_a_mere_resumer_has_the_call_run_again_with_nothing_but_its_own_cr
     assert replicas.calls == [1, 0, 1]
 
 
+@pytest.mark.slow
 async def test_a_resumer_of_a_shared_stream_takes_no_credential_along(replicas):
     a, _, c = replicas.start(lease_s=RUNS_OUT_S)
     first = await a.open(headers=MINE)

@@ -354,6 +354,7 @@ async def test_replicas_on_a_cluster_share_one_call_and_all_keys_of_it_are_in_on
     assert len(upstream.asked) == 1
 
 
+@pytest.mark.slow
 async def test_callers_do_not_notice_that_slots_move_under_them(own_nodes, start_gateway, upstream, monkeypatch, caplog):
     """While it is looked up, streamed and stored, with the keys on both sides of a move that is not done."""
     monkeypatch.setattr("gateway.flights._LINGER_S", 0.0)

@@ -249,6 +249,7 @@ async def test_at_the_start(start_gateway, rig, fault, caplog):
     await recovers(gateway, rig, fault, caplog)
 
 
+@pytest.mark.slow
 @each_fault
 async def test_before_the_lookup(start_gateway, rig, fault, caplog):
     gateway = await start_gateway(**settings(rig))
@@ -295,6 +296,7 @@ async def test_in_the_middle_of_an_answer(start_gateway, rig, fault, caplog, ups
 STORES = scripts.STORE.digest.encode()
 
 
+@pytest.mark.slow
 @each_fault
 async def test_while_it_is_stored(start_gateway, rig, fault, caplog):
     gateway = await start_gateway(**settings(rig))
@@ -316,6 +318,7 @@ async def test_while_it_is_stored(start_gateway, rig, fault, caplog):
         await hits(gateway, f"asked, stream: {stream}")
 
 
+@pytest.mark.slow
 @each_fault
 async def test_in_the_middle_of_a_replay(start_gateway, rig, fault, caplog):
     gateway = await start_gateway(**settings(rig, replay={"pace": "fixed", "frames_per_s": 20.0}))

@@ -266,6 +266,7 @@ def tls_nodes(good: Files, tmp_path: Path) -> Iterator[RedisNodes]:
     nodes.stop()
 
 
+@pytest.mark.slow
 async def test_a_cluster_over_tls(tls_nodes, open_store, good):
     store = await open_store(tls_nodes.url, cluster=True, **good.of_client)
     await works(store)

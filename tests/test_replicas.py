@@ -484,6 +484,7 @@ async def test_a_stream_goes_on_from_the_exact_character_when_its_leader_is_kill
     assert {name: whole[name] for name in FIRST} == FIRST
 
 
+@pytest.mark.slow
 async def test_a_stream_ends_as_it_would_have_when_its_leader_is_killed_after_the_last_token(
     replicas, shared_redis, upstream
 ):
@@ -855,6 +856,7 @@ async def test_a_stream_survives_that_redis_forgets_it(replicas, own_redis, upst
     assert len(upstream.asked) == 1
 
 
+@pytest.mark.slow
 async def test_a_stream_survives_that_its_leader_and_its_log_are_lost_together(replicas, shared_redis, upstream):
     await replicas.start(shared_redis)
     upstream.script = in_turn(says(FIRST, "Hello", Hold("kill")), says(SECOND, "Hel", "lo wor", "ld"))
@@ -981,6 +983,7 @@ async def test_a_deployment_that_is_killed_leaves_nothing_in_redis_but_the_secre
 # A resumer alone
 
 
+@pytest.mark.slow
 async def test_a_stream_outlives_all_replicas(replicas, shared_redis, upstream):
     await replicas.start(shared_redis, count=2)
     upstream.script = in_turn(says(FIRST, "Hello", Hold("kill")), says(SECOND, "Hel", "lo wor", "ld"))
