@@ -507,7 +507,7 @@ def _parameters() -> Json:
         "CacheTtl": _parameter("Gateway-Cache-TTL", "header", _string(ttl, pattern=_SF_SECONDS)),
         "CacheNamespace": _parameter("Gateway-Cache-Namespace", "header", _string(namespace, pattern=f"^{_SF_NAME}$")),
         "CacheTags": _parameter(
-            "Gateway-Cache-Tags", "header", _string(tags, pattern=f"^{_SF_NAME}(, {_SF_NAME}){{0,15}}$")
+            "Gateway-Cache-Tags", "header", _string(tags, pattern=f"^({_SF_NAME}([ \\t]*,[ \\t]*{_SF_NAME}){{0,15}})?$")
         ),
         "RequestId": _parameter("X-Request-Id", "header", _string("Names the request in logs and in the answer.")),
     }
