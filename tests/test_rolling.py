@@ -103,7 +103,6 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("grace_s", ["0", "20"])
 async def test_a_rolling_restart_loses_no_stream(shared_redis, session, tmp_path, grace_s, workers):
