@@ -50,12 +50,29 @@ def find_redis() -> str | None:
         return None
 
 
-class RedisServer:
+class _Spawned:
+    """A server in a process of its own, to be killed and frozen by tests."""
+
+    _process: subprocess.Popen[bytes] | None = None
+
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdout
+            self._process.stdout.close()
+            self._process = None
+
+
+class RedisServer(_Spawned):
     """A real server on a unix socket, to be killed, frozen and restarted by tests."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
         self.url = f"unix://{directory}/redis.sock"
 
     def start(self) -> None:
@@ -78,23 +95,11 @@ class RedisServer:
                 return
         raise AssertionError("the Redis server did not start")
 
-    def signal(self, number: int) -> None:
-        assert self._process
-        self._process.send_signal(number)
-
-    def stop(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdout
-            self._process.stdout.close()
-            self._process = None
-
 
 _STARTS = 5
 
 
-class PortedRedis:
+class PortedRedis(_Spawned):
     """A server on a port of the loopback, or with a ``config`` a sentinel."""
 
     def __init__(self, directory: Path, *options: str, config: str = "") -> None:
@@ -102,7 +107,6 @@ class PortedRedis:
         self._directory = directory
         self._options = options
         self._config = config
-        self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
     def start(self) -> None:
@@ -129,18 +133,6 @@ class PortedRedis:
                 return True
         self.stop()
         return False
-
-    def signal(self, number: int) -> None:
-        assert self._process
-        self._process.send_signal(number)
-
-    def stop(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdout
-            self._process.stdout.close()
-            self._process = None
 
 
 class RedisNodes:
