@@ -24,7 +24,7 @@ from gateway.errors import (
 from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome, first_run
 from gateway.keeping import may_be_kept, recorded
 from gateway.limits import Limits, Place
-from gateway.mirror import Mirror
+from gateway.mirror import Mirror, WrittenAnew
 from gateway.ports import Clock, FlightId, LogName, Store
 from gateway.pump import Plan, Pump, Rules
 from gateway.purges import Purges
@@ -341,6 +341,9 @@ class Flights:
             await mirror.catch_up()
         except StoreError as error:
             log.debug("%r is gone on with alone: %s", flight, error)
+        except WrittenAnew:
+            with suppress(StoreError):  # then it is left when the lease runs out
+                await self._store.release(name, writer)
         return True
 
     def _continuation(self, flight: Flight) -> Continuation | None:

@@ -22,6 +22,12 @@ End = Literal["ended", "orphaned", "lost"]
 """The log has its end, nobody writes it any longer, or it is of no use: out of reach, or given up by its writer."""
 
 
+class WrittenAnew(Exception):
+    """The log was lost, and another run writes it anew: it goes on from what its replica had seen, which may be less than
+    what was seen here.
+    """
+
+
 class Mirror:
     """Copies a shared log into ``flight``, and watches over its writer's lease."""
 
@@ -55,7 +61,7 @@ class Mirror:
             self._store.stop_listening(flight, self._rung.set)
 
     async def catch_up(self) -> None:
-        """Reads what is left of a log whose writer is gone. Raises `StoreError`."""
+        """Reads what is left of a log whose writer is gone. Raises `StoreError` and `WrittenAnew`."""
         while self._take(await self._read()).more:
             pass
 
@@ -83,6 +89,8 @@ class Mirror:
         except (StoreError, TimeoutError) as error:
             log.debug("the log of %r cannot be read: %s", self._flight, error)
             return "lost" if self._expired() else None
+        except WrittenAnew:
+            return "lost"
         if self._end:
             if self._goes_on and self._flight.readers and orjson.loads(self._end.end)["outcome"] == "abandoned":
                 return "lost"
@@ -109,6 +117,8 @@ class Mirror:
         flight = self._flight
         if entry.head:
             self._apply_head(orjson.loads(entry.head))
+        if (entry.frames or entry.end) and entry.by != flight.runs[-1][0]:
+            raise WrittenAnew
         if entry.frames:
             known = flight.count - (entry.count - len(entry.frames))
             if known < 0:

@@ -189,6 +189,8 @@ class Entry:
     """With the end: the answer as it came, where the upstream did not stream."""
     released: bool = False
     """The writer has given the log up, and whoever still reads it may take it over at once."""
+    by: str = ""
+    """The run that wrote it."""
 
 
 class Page(NamedTuple):

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -79,6 +79,7 @@ class FakeLog:
 
     def write(self, writer: Writer, entry: Entry) -> None:
         last = self.entries[-1][0] if self.entries else (0, 0)
+        entry = replace(entry, by=writer.run)
         self.entries.append(((entry.count, last[1] + 1 if entry.count == last[0] else 1), entry))
         self.last_writer = str(writer)
 

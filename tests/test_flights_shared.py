@@ -930,6 +930,76 @@ async def test_a_log_that_is_lost_and_then_its_writer_too_is_gone_on_with_from_w
     assert follower.reader.error is None
 
 
+async def written_anew(replicas: Replicas) -> tuple[Opened, tuple[Opened, bytes], tuple[Opened, bytes]]:
+    """The first caller, and those behind and ahead with what they have seen: the log is lost, and the replica of the one
+    behind, which goes on alone, writes it anew as far as "Hello there". That of the one ahead has seen none of it.
+    """
+    a, b, c = replicas.start(lease_s=RUNS_OUT_S)
+    c.store.lease_s = 60.0
+    first = await a.open()
+    await a.asked()
+    behind, ahead = await b.open(), await c.open()
+    a.upstream.say(OPENING, HELLO)
+    seen_behind, seen_ahead = await read_until(behind, "Hello"), await read_until(ahead, "Hello")
+    b.store.broken = True
+    a.upstream.say(WORLD)
+    seen_ahead += await read_until(ahead, "world")
+    a.store.broken = c.store.broken = True
+    replicas.store.lose()
+    b.store.broken = False
+    replicas.store.ring(named(first).flight)
+    await b.asked()
+    b.upstream.say(*second("Hello", " the", "re"))
+    await come(lambda: replicas.log(first).count == 4)
+    return first, (behind, seen_behind), (ahead, seen_ahead)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["runs", "has ended"])
+async def test_a_log_that_another_run_has_written_anew_is_no_continuation_of_what_was_seen_of_the_first(replicas, ended):
+    """It begins as the first one did, as far as its writer had seen it; who has seen more would get a mixture."""
+    first, (behind, seen_behind), (ahead, seen_ahead) = await written_anew(replicas)
+    a, b, c = replicas.all
+    if ended:
+        b.upstream.say(SECOND_STOP, DONE)
+        await come(lambda: replicas.log(first).ended)
+    c.store.broken = False
+    replicas.store.ring(named(first).flight)
+    await c.asked()
+    c.upstream.say(*second("Hello world."), SECOND_STOP, DONE)
+    assert text_of(seen_ahead + await whole_stream(ahead)) == "Hello world."
+    if not ended:
+        b.upstream.say(SECOND_STOP, DONE)
+    assert text_of(seen_behind + await whole_stream(behind)) == "Hello there"
+    a.upstream.say(STOP, DONE)
+    assert text_of(await whole_stream(first)) == "Hello world"
+    assert replicas.calls == [1, 1, 1]
+
+
+async def test_who_finds_that_another_run_has_written_a_log_anew_when_it_has_taken_it_over_leaves_it(replicas, monkeypatch):
+    first, (behind, seen_behind), (ahead, seen_ahead) = await written_anew(replicas)
+    _, b, c = replicas.all
+    b.store.broken = True
+    log, take_over = replicas.log(first), c.store.take_over
+    entries, log.entries = log.entries, log.entries[:1]
+
+    async def then_there_is_more(*args: Any, **options: Any) -> bool:
+        log.entries = entries
+        return await take_over(*args, **options)
+
+    monkeypatch.setattr(c.store, "take_over", then_there_is_more)
+    monkeypatch.setattr(mirror.Mirror, "_expired", lambda _: True)
+    log.owner, c.store.broken = "", False
+    replicas.store.expire(named(first))
+    await c.asked()
+    assert log.last.released
+    assert not log.owner
+    c.upstream.say(*second("Hello world."), SECOND_STOP, DONE)
+    assert text_of(seen_ahead + await whole_stream(ahead)) == "Hello world."
+    assert log.count == 4
+    b.upstream.say(SECOND_STOP, DONE)
+    assert text_of(seen_behind + await whole_stream(behind)) == "Hello there"
+
+
 async def test_a_store_that_falls_silent_is_not_waited_for_beyond_the_lease(replicas, monkeypatch):
     a, b, _ = replicas.start(lease_s=RUNS_OUT_S)
     first = await a.open()

@@ -190,8 +190,8 @@ async def test_what_is_appended_is_read_elsewhere(backend, protocol):
     assert page._replace(entries=(), lease_s=0) == Page((), "3-1", exists=True, lease_s=0, writer=str(writer))
     assert 0 < page.lease_s <= 4
     head, first = page.entries
-    assert head == Entry(0, at_us=head.at_us, head=b"head")
-    assert first == Entry(3, (frame("a"), frame("b"), frame("c")), first.at_us)
+    assert head == Entry(0, at_us=head.at_us, head=b"head", by=writer.run)
+    assert first == Entry(3, (frame("a"), frame("b"), frame("c")), first.at_us, by=writer.run)
     assert list(first.at_us) == [0, 1000, 2000]
     assert await append(one, batch(writer, 3, "d", head=b"another head")) == Appended(4)
     page = await two.read(LOG, page.cursor, readers=0)
@@ -552,7 +552,7 @@ async def test_the_end_is_the_last_that_a_log_tells(backend):
     await append(store, batch(writer, 0, "ab", readers=1, request=b"asked", head=b"head"))
     await store.end(LOG, writer, b"over", body=b"{}")
     page = await everything(store, readers=1)
-    assert page.entries[-1] == Entry(2, at_us=page.entries[-1].at_us, end=b"over", body=b"{}")
+    assert page.entries[-1] == Entry(2, at_us=page.entries[-1].at_us, end=b"over", body=b"{}", by=writer.run)
     assert (page.lease_s, page.writer) == (0, "")
     assert (await store.read(LOG, page.cursor, readers=1)).entries == ()
     assert await store.peek(LOG) == Peeked(log=True, count=2, head=b"head", end=b"over", request=b"asked", readers=1)

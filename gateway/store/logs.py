@@ -187,6 +187,7 @@ def _entry(id_: bytes, pairs: Sequence[bytes]) -> Entry:
             end=fields.get(b"end", b""),
             body=fields.get(b"body", b""),
             released=b"rel" in fields,
+            by=fields.get(b"w", b"").decode().rpartition(".")[2],
         )
     except ValueError as error:
         raise StoreCorrupt(f"an entry of a log does not load: {error}") from None
