@@ -147,6 +147,7 @@ class Flights:
         """A closed flight that says what a recording holds."""
         flight = self._flight(api, name, self._new_id(4))
         flight.runs = list(recording.meta.runs) or flight.runs
+        flight.run = flight.runs[-1][0]  # who reads it here sees what that one's readers have seen
         marks = recording.marks
         flight.copy(recording.frames(None, usage=True), marks.at_us if marks else ())
         flight.land_head({})
@@ -322,7 +323,8 @@ class Flights:
                     flight.close(_abandoned())
                     return
                 ready = plan()
-                if end == "lost" or await self._takes_over(flight, name, mirror):
+                flight.alone = end == "lost"
+                if flight.alone or await self._takes_over(flight, name, mirror):
                     own_plan = ready
         finally:
             # Not where this replica reads on: what it now writes itself, or by a mirror that has taken this one's place.
@@ -340,7 +342,9 @@ class Flights:
                 return False  # another one was faster, or it has ended
             await mirror.catch_up()
         except StoreError as error:
-            log.debug("%r is gone on with alone: %s", flight, error)
+            log.debug("%r is not taken over: %s", flight, error)
+            flight.alone = await mirror.may_go_alone()
+            return flight.alone
         return True
 
     def _continuation(self, flight: Flight) -> Continuation | None:

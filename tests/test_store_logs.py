@@ -47,7 +47,8 @@ async def append(store: RedisStore, *batches: Any) -> Any:
 
 
 async def everything(store: RedisStore, log: LogName = LOG, *, readers: int = 0) -> Page:
-    return await store.read(log, LOG_START, readers=readers)
+    """The whole log, whenever it is read."""
+    return (await store.read(log, LOG_START, readers=readers))._replace(at_ms=0)
 
 
 def kinds(page: Page) -> list[Any]:
