@@ -273,6 +273,7 @@ class FlightModel(RuleBasedStateMachine):
                 ReaderTooSlow: caller.backlog_when_cut > MAX_BYTES,
                 StreamLost: caller.too_late,
                 InvalidRequest: beyond and self.flight.outcome is not None,
+                UpstreamBroke: beyond and error is self.flight.error,
             }
             assert reasons.get(type(error), False), error
 

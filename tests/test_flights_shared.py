@@ -931,7 +931,7 @@ async def test_a_log_that_is_lost_and_then_its_writer_too_is_gone_on_with_from_w
 
 
 async def test_a_store_that_falls_silent_is_not_waited_for_beyond_the_lease(replicas, monkeypatch):
-    a, b, _ = replicas.start(lease_s=RUNS_OUT_S)
+    a, b, _ = replicas.start(lease_s=RUNS_OUT_S, terms=Terms(lease_s=RUNS_OUT_S))
     first = await a.open()
     await a.asked()
     follower = await b.open()

@@ -24,7 +24,7 @@ from stores import (
 )
 
 from gateway.errors import StoreCorrupt, StoreFenced, StoreUnavailable
-from gateway.ports import LOG_START, Appended, Claimed, Entry, FlightId, LogName, Page, Peeked, Writer
+from gateway.ports import LOG_START, Appended, Claimed, Entry, FlightId, LogName, Mirrored, Page, Peeked, Writer
 from gateway.store.redis import RedisStore
 
 pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
@@ -859,6 +859,63 @@ async def test_a_closed_store_leaves_no_listener_waiting(backend):
         await store.listen(LOG.flight, Ears().ring)
 
 
+# What the readers of a mirror have seen
+
+
+async def seen_of(store: RedisStore, run: str) -> tuple[int, bool]:
+    peeked = await store.peek(LOG, run)
+    return peeked.mirrored, peeked.promised
+
+
+async def test_a_mirror_tells_how_much_it_has_read_and_until_when_its_readers_see_nothing_else(backend):
+    one, two = await backend.store(), await backend.store()
+    await append(one, batch(writer_of(one), 0, "ab"))
+    at_ms = (await two.read(LOG, LOG_START, readers=1)).at_ms
+    assert at_ms > 0
+    for number, promise_ms, promised in ((1, 60_000, True), (2, 0, False)):
+        told = Mirrored("0000000a", number, at_ms + promise_ms)
+        await two.read(LOG, LOG_START, readers=1, mirrored=told)
+        assert await seen_of(one, "0000000a") == (number, promised)
+    await two.read(LOG, LOG_START, readers=0, mirrored=Mirrored("0000000b", 1, 0))
+    assert [await seen_of(one, run) for run in ("0000000a", "0000000b", "0000000c", "")] == [
+        (2, False), (1, False), (0, False), (0, False)
+    ]  # fmt: skip
+
+
+async def test_a_mirror_that_takes_the_log_over_is_in_it_from_then_on(backend):
+    one, two = await backend.store(), await backend.store()
+    await append(one, batch(writer_of(one), 0, "ab"))
+    await two.read(LOG, LOG_START, readers=1, mirrored=Mirrored("0000000a", 1, 0))
+    assert not await two.take_over(LOG, writer_of(two, "0000000a"), joinable=True)
+    assert await seen_of(one, "0000000a") == (1, False)
+    await one.release(LOG, writer_of(one))
+    assert await two.take_over(LOG, writer_of(two, "0000000a"), joinable=True)
+    assert await seen_of(one, "0000000a") == (2, True)
+
+
+async def test_what_a_mirror_has_told_lives_as_long_as_the_log(backend):
+    store = await backend.store(resume_s=20)
+    writer, name = writer_of(store), backend.key("mirrored", LOG)
+    await append(store, batch(writer, 0, "ab"))
+    await store.read(LOG, LOG_START, readers=0, mirrored=Mirrored("0000000a", 2, 0))
+    assert 15_000 < await backend.raw.pttl(name) <= 20_000
+    await backend.raw.pexpire(name, 1000)
+    await append(store, batch(writer, 2))
+    assert await backend.raw.pttl(name) > 10_000
+
+
+async def test_what_was_read_of_a_log_that_was_lost_says_nothing_of_the_one_that_is_written_anew(backend):
+    store = await backend.store()
+    writer = writer_of(store)
+    await append(store, batch(writer, 0, "ab"))
+    await store.read(LOG, LOG_START, readers=1, mirrored=Mirrored("0000000a", 2, 1 << 50))
+    await append(store, batch(writer, 2, "c"))
+    assert await seen_of(store, "0000000a") == (2, True)
+    await backend.raw.delete(backend.key("log", LOG))
+    await append(store, batch(writer, 0, "xyz"))
+    assert await seen_of(store, "0000000a") == (0, False)
+
+
 # Keys and commands
 
 
@@ -873,6 +930,7 @@ async def use_all(store: RedisStore) -> None:
     await append(store, batch(writer, 0, "ab", request=b"asked", readers=1))
     await store.cancel(LOG, "a reader")
     await append(store, batch(writer, 2, readers=1))
+    await store.read(LOG, LOG_START, readers=1, mirrored=Mirrored("0000000a", 2, 0))
 
 
 async def test_a_deployment_that_was_killed_leaves_nothing_but_the_secret(backend):
@@ -887,6 +945,7 @@ async def test_a_deployment_that_was_killed_leaves_nothing_but_the_secret(backen
         **dict.fromkeys([backend.key("now"), backend.key("lease", LOG)], 4_000),
         **dict.fromkeys([backend.key(what, log) for what in ("log", "req") for log in (LOG, OTHER_LOG)], 20_000),
         backend.key("cancelled", LOG): 20_000,
+        backend.key("mirrored", LOG): 20_000,
         backend.key("readers", LOG): 15_000,
         backend.key("rec", LogName(KEY, FlightId("1" * 16))): 20_000,
         backend.name: 60_000,
@@ -918,7 +977,7 @@ OPERATIONS: dict[str, Callable[[RedisStore, Writer], Any]] = {
     "claim": lambda store, writer: store.claim(LOG, writer),
     "append": lambda store, writer: store.append([batch(writer, 2, "c")]),
     "heartbeat": lambda store, writer: store.append([batch(writer, 2)]),
-    "read": lambda store, _: store.read(LOG, LOG_START, readers=1),
+    "read": lambda store, _: store.read(LOG, LOG_START, readers=1, mirrored=Mirrored("0000000a", 2, 0)),
     "take_over": lambda store, writer: store.take_over(LOG, writer, joinable=True),
     "release": lambda store, writer: store.release(LOG, writer),
     "end": lambda store, writer: store.end(LOG, writer, b"over"),
@@ -1009,7 +1068,7 @@ async def test_a_closed_store_refuses_everything(backend):
             await act(store, writer_of(store))
 
 
-@pytest.mark.parametrize("what", ["lease", "log", "readers", "cancelled"])
+@pytest.mark.parametrize("what", ["lease", "log", "readers", "cancelled", "mirrored"])
 async def test_what_is_of_another_type_under_the_names_of_a_log_is_deleted_and_written_anew(backend, what, caplog):
     store = await backend.store()
     writer, name = writer_of(store), backend.key(what, LOG)
@@ -1023,6 +1082,7 @@ async def test_what_is_of_another_type_under_the_names_of_a_log_is_deleted_and_w
                 held = (await append(store, batch(writer, 0, "abc", request=b"asked"))).count
                 await append(store, batch(writer, held, "abc"[held:]))
                 text_then = text(await everything(store, readers=1))
+                await store.peek(LOG, "0000000a")
             await asyncio.sleep(0.005)
     assert await backend.raw.type(name) != b"list"
     assert len([record for record in caplog.records if "do not load" in record.getMessage()]) <= 1
