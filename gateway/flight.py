@@ -124,6 +124,8 @@ class Flight:
         """Whether it has become larger than it may: it takes no more readers, and is not stored."""
         self.in_doubt = False
         """Whether a second run has still to say what the first one had shown: until then nobody joins, since it may not."""
+        self.alone = False
+        """Whether this replica has gone on with another's log as a run of its own that is not known to be in any log."""
         self.cancelled: set[str] = set()
         """The readers that were cancelled for good."""
         self.dismissed = False
@@ -316,6 +318,11 @@ class Flight:
         for frame in self.frames:
             assembler.add(parse_chunk(frame.payload))
         return assembler
+
+    def knows(self, run: str) -> bool:
+        """Whether `run_ended_at` tells all about that run: it is this replica's, or one that wrote the log."""
+        is_first = self.name is not None and run == first_run(self.name.flight)
+        return is_first or run == self.run or any(run == name for name, _ in self.runs)
 
     def run_ended_at(self, run: str) -> int | None:
         """The index at which another run took over from this one; None where none did, or it has only read here."""

@@ -24,7 +24,7 @@ from gateway.errors import (
 from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome, first_run
 from gateway.keeping import may_be_kept, recorded
 from gateway.limits import Limits, Place
-from gateway.mirror import Mirror, WrittenAnew
+from gateway.mirror import Mirror
 from gateway.ports import Clock, FlightId, LogName, Store
 from gateway.pump import Plan, Pump, Rules
 from gateway.purges import Purges
@@ -147,6 +147,7 @@ class Flights:
         """A closed flight that says what a recording holds."""
         flight = self._flight(api, name, self._new_id(4))
         flight.runs = list(recording.meta.runs) or flight.runs
+        flight.run = flight.runs[-1][0]  # who reads it here sees what that one's readers have seen
         marks = recording.marks
         flight.copy(recording.frames(None, usage=True), marks.at_us if marks else ())
         flight.land_head({})
@@ -322,7 +323,8 @@ class Flights:
                     flight.close(_abandoned())
                     return
                 ready = plan()
-                if end == "lost" or await self._takes_over(flight, name, mirror):
+                flight.alone = end == "lost"
+                if flight.alone or await self._takes_over(flight, name, mirror):
                     own_plan = ready
         finally:
             # Not where this replica reads on: what it now writes itself, or by a mirror that has taken this one's place.
@@ -336,14 +338,14 @@ class Flights:
     async def _takes_over(self, flight: Flight, name: LogName, mirror: Mirror) -> bool:
         writer = self._sharing.writer(flight.run)
         try:
-            if not await self._store.take_over(name, writer, joinable=self._by_key.get(name.key) is flight):
+            joinable = self._by_key.get(name.key) is flight
+            if not await self._store.take_over(name, writer, behind=flight.runs[-1][0], joinable=joinable):
                 return False  # another one was faster, or it has ended
             await mirror.catch_up()
         except StoreError as error:
-            log.debug("%r is gone on with alone: %s", flight, error)
-        except WrittenAnew:
-            with suppress(StoreError):  # then it is left when the lease runs out
-                await self._store.release(name, writer)
+            log.debug("%r is not taken over: %s", flight, error)
+            flight.alone = await mirror.may_go_alone()
+            return flight.alone
         return True
 
     def _continuation(self, flight: Flight) -> Continuation | None:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import orjson
 
-from gateway.errors import StoreError, StreamLost, retold
+from gateway.errors import StoreError, StreamDiverged, StreamLost, retold
 from gateway.flight import Abandoned, Complete, Failed, Flight
-from gateway.ports import LOG_START, Entry, FlightId, LogName, Page, Store
+from gateway.ports import LOG_START, Entry, FlightId, LogName, Mirrored, Page, Store
 
 log = logging.getLogger(__name__)
 
@@ -17,19 +17,30 @@ _LOOKS_PER_LEASE = 2.5
 _AGAIN_S = 0.25
 # A lease is gone a moment after it should be, not before.
 _SLACK_S = 0.01
+# Of a lease, in which others may rely on it that no call goes on alone here: the clocks of two machines differ a little.
+_PROMISE_SHARE = 0.9
 
 End = Literal["ended", "orphaned", "lost"]
 """The log has its end, nobody writes it any longer, or it is of no use: out of reach, or given up by its writer."""
 
 
-class WrittenAnew(Exception):
+class WrittenAnew(StreamDiverged):
     """The log was lost, and another run writes it anew: it goes on from what its replica had seen, which may be less than
     what was seen here.
     """
 
 
+def was_abandoned(end: bytes) -> bool:
+    """Whether that is the end of a log that was given up for want of readers: who has some goes on alone at once."""
+    return bool(end) and orjson.loads(end)["outcome"] == "abandoned"
+
+
 class Mirror:
-    """Copies a shared log into ``flight``, and watches over its writer's lease."""
+    """Copies a shared log into ``flight``, and watches over its writer's lease.
+
+    With each look it tells what it has read so far, and promises not to go on alone within a lease of when it last heard
+    that the log has a writer. A promise counts from what it has heard, never from when it is told: that may be late.
+    """
 
     def __init__(  # noqa: PLR0913  # they are what it reads, and how it judges
         self, store: Store, flight: Flight, name: LogName, *, lease_s: float, trust_s: float, goes_on: bool
@@ -37,8 +48,11 @@ class Mirror:
         self._store = store
         self._flight = flight
         self._name = name
+        self._lease_s = lease_s
         self._look_s = lease_s / _LOOKS_PER_LEASE
         self._cursor = LOG_START
+        self._promised_until_ms = 0  # by the store's clock
+        self._promised_until_s = 0.0  # by the loop's, which is no sooner
         self._rung = asyncio.Event()
         flight.on_read = self._rung.set  # the writer has to know, or it takes the stream for abandoned
         # A lease that is absent before its time was evicted, or lost with a restart of Redis: its holder takes it again.
@@ -61,18 +75,25 @@ class Mirror:
             self._store.stop_listening(flight, self._rung.set)
 
     async def catch_up(self) -> None:
-        """Reads what is left of a log whose writer is gone. Raises `StoreError` and `WrittenAnew`."""
-        while self._take(await self._read()).more:
+        """Reads what is left of a log whose writer is gone. Raises `StoreError`."""
+        while self._take(await self._store.read(self._name, self._cursor, readers=self._flight.readers)).more:
             pass
 
     async def leave(self) -> None:
         """Reads the log no longer; if a reader was cancelled, the writer has to know that none is left."""
         try:
-            await self._store.read(self._name, self._cursor, readers=0)
+            await self._store.read(self._name, self._cursor, readers=0, mirrored=self._mirrored())
             for reader in () if self._end else self._flight.cancelled:
                 await self._store.cancel(self._name, reader)
         except StoreError as error:
             log.debug("%r is left without a word: %s", self._flight, error)
+
+    async def may_go_alone(self) -> bool:
+        """Whether a call may be gone on with that is to be in no log; where not yet, it takes a moment to say so."""
+        left_s = self._promised_until_s - asyncio.get_running_loop().time()
+        if left_s > 0:
+            await asyncio.sleep(min(left_s + _SLACK_S, _AGAIN_S))
+        return self._promised_until_s <= asyncio.get_running_loop().time()
 
     async def _listen(self, flight: FlightId) -> None:
         try:
@@ -88,11 +109,11 @@ class Mirror:
                 page = self._take(await self._read())
         except (StoreError, TimeoutError) as error:
             log.debug("the log of %r cannot be read: %s", self._flight, error)
-            return "lost" if self._expired() else None
+            return "lost" if self._expired() and self._promised_until_s <= loop.time() else None
         except WrittenAnew:
             return "lost"
         if self._end:
-            if self._goes_on and self._flight.readers and orjson.loads(self._end.end)["outcome"] == "abandoned":
+            if self._goes_on and self._flight.readers and was_abandoned(self._end.end):
                 return "lost"
             await self._close(self._end)
             return "ended"
@@ -102,11 +123,21 @@ class Mirror:
         return "orphaned" if released or (not page.lease_s and self._expired()) else None
 
     async def _read(self) -> Page:
-        return await self._store.read(self._name, self._cursor, readers=self._flight.readers)
+        return await self._store.read(self._name, self._cursor, readers=self._flight.readers, mirrored=self._mirrored())
+
+    def _mirrored(self) -> Mirrored:
+        """What its readers have seen of the log by now."""
+        has_end = self._end is not None and self._flight.outcome is not None
+        return Mirrored(self._flight.run, self._flight.runs[-1][0], self._flight.count + has_end, self._promised_until_ms)
 
     def _take(self, page: Page) -> Page:
         if page.lease_s:
-            self._lease_until_s = asyncio.get_running_loop().time() + page.lease_s
+            now_s = asyncio.get_running_loop().time()
+            self._lease_until_s = now_s + page.lease_s
+            if not self._promised_until_ms:
+                self._rung.set()  # the first promise is given at once
+            self._promised_until_ms = page.at_ms + int(self._lease_s * _PROMISE_SHARE * 1000)
+            self._promised_until_s = now_s + self._lease_s
         self._cursor = page.cursor
         for entry in page.entries:
             self._apply(entry)
@@ -118,7 +149,7 @@ class Mirror:
         if entry.head:
             self._apply_head(orjson.loads(entry.head))
         if (entry.frames or entry.end) and entry.by != flight.runs[-1][0]:
-            raise WrittenAnew
+            raise WrittenAnew("Another run has written the shared log anew.")
         if entry.frames:
             known = flight.count - (entry.count - len(entry.frames))
             if known < 0:
@@ -177,8 +208,12 @@ class Mirror:
         return asyncio.get_running_loop().time() >= self._lease_until_s
 
     def _wait_s(self) -> float:
-        left_s = self._lease_until_s - asyncio.get_running_loop().time()
-        return min(self._look_s, left_s + _SLACK_S if left_s > 0 else _AGAIN_S)
+        now_s = asyncio.get_running_loop().time()
+        left_s = self._lease_until_s - now_s
+        if left_s > 0:
+            return min(self._look_s, left_s + _SLACK_S)
+        left_s = self._promised_until_s - now_s
+        return min(_AGAIN_S, left_s + _SLACK_S) if left_s > 0 else _AGAIN_S
 
     async def _ring(self, within_s: float) -> None:
         timer = asyncio.get_running_loop().call_later(within_s, self._rung.set)

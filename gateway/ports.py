@@ -208,6 +208,21 @@ class Page(NamedTuple):
     more: bool = False
     """Whether there are entries that this page had no room for."""
     cancelled: frozenset[str] = frozenset()
+    at_ms: int = 0
+    """When the store answered, by its own clock."""
+
+
+class Mirrored(NamedTuple):
+    """What a replica tells of a log that it shows to its readers: it may have to go on alone, which is in no log."""
+
+    run: str
+    """What its readers' cursors call it."""
+    behind: str
+    """The run whose frames it follows: of a log that another one has written anew it has seen nothing."""
+    seen: int
+    """So much of the log they have got: frames, and the end as one more."""
+    until_ms: int
+    """Until then, by the store's clock, it goes on alone in no case."""
 
 
 LOG_START = "0-0"
@@ -231,6 +246,10 @@ class Peeked:
     cancelled: frozenset[str] = frozenset()
     readers: int = 0
     """In all replicas together."""
+    mirrored: int = 0
+    """How much of the log readers of the run that was asked for have seen for certain, as in `Mirrored`."""
+    promised: bool = False
+    """Whether they have seen nothing else: that run has promised so, or has taken the log over."""
 
 
 Want = Literal["stream", "whole", "meta"]
@@ -308,12 +327,14 @@ class Store(Protocol):
         """
         ...
 
-    async def read(self, log: LogName, cursor: str, *, readers: int) -> Page:
-        """The entries after the cursor; says how many readers this replica has (0: no more)."""
+    async def read(self, log: LogName, cursor: str, *, readers: int, mirrored: Mirrored | None = None) -> Page:
+        """The entries after the cursor; says how many readers this replica has (0: no more), and what they have seen."""
         ...
 
-    async def take_over(self, log: LogName, writer: Writer, *, joinable: bool) -> bool:
-        """Takes the lease of a log whose writer has lost it; False where it has a writer or has ended."""
+    async def take_over(self, log: LogName, writer: Writer, *, behind: str, joinable: bool) -> bool:
+        """Takes the lease of a log whose writer has lost it; False where it has a writer, has ended, or was last written by
+        another run than ``behind``, the last one whose frames are known.
+        """
         ...
 
     async def release(self, log: LogName, writer: Writer) -> None:
@@ -324,8 +345,8 @@ class Store(Protocol):
         """Ends a log without a recording. Raises `StoreFenced`."""
         ...
 
-    async def peek(self, log: LogName) -> Peeked:
-        """What is left of a flight."""
+    async def peek(self, log: LogName, run: str = "") -> Peeked:
+        """What is left of a flight, and what readers of the run ``run`` have seen of it."""
         ...
 
     async def recording_of(self, log: LogName) -> Recording | None:

@@ -66,17 +66,29 @@ class _Ending:
 
 
 class FlightReader(_Ending):
-    """A cursor over a flight: it begins behind ``cursor``, as a reader of the run ``run`` has seen it."""
+    """A cursor over a flight: it begins behind ``cursor``, as a reader of the run ``run`` has seen it.
 
-    def __init__(
-        self, flight: Flight, *, usage: bool, cursor: Cursor = FROM_START, run: str = "", ids: EventIds | None = None
+    ``mirrored``: of the log, a run that did not write it has shown so much for certain (as in `Mirrored`); None for all.
+    """
+
+    def __init__(  # noqa: PLR0913  # they are what tells where it begins
+        self,
+        flight: Flight,
+        *,
+        usage: bool,
+        cursor: Cursor = FROM_START,
+        run: str = "",
+        mirrored: int | None = None,
+        ids: EventIds | None = None,
     ) -> None:
         self.flight = flight
         self.at = flight.base
         self.ids = ids
         self._usage = usage
         self._error: GatewayError | None = None
-        self._place: _Place | None = _Place(flight, cursor, run, usage=usage) if cursor.after or flight.base else None
+        self._place: _Place | None = None
+        if cursor.after or flight.base:
+            self._place = _Place(flight, cursor, run, mirrored, usage=usage)
         self._rest = b""
         flight.join(self)
 
@@ -210,13 +222,15 @@ class _Place:
     """Finds where a cursor stands in a log.
 
     Frames that are in the log have their numbers for ever. But who read from the replica that ran the call may have seen
-    frames that never got there, if it died: then only the content so far tells where another run's frames go on.
+    frames that never got there, if it died: then only the content so far tells where another run's frames go on. So may
+    who read from one that only mirrored the log, and has lost it.
     """
 
-    def __init__(self, flight: Flight, cursor: Cursor, run: str, *, usage: bool) -> None:
+    def __init__(self, flight: Flight, cursor: Cursor, run: str, mirrored: int | None, *, usage: bool) -> None:
         self._flight = flight
         self._cursor = cursor
         self._run = run
+        self._mirrored = mirrored
         self._usage = usage
         self._skip: Skip | None = None
         self.at = flight.base
@@ -241,8 +255,10 @@ class _Place:
         flight, cursor = self._flight, self._cursor
         if cursor.position:
             return len(flight.runs) == 1 or cursor.after <= self._shown_before(flight.count) + (flight.outcome is not None)
-        ended_at = flight.run_ended_at(self._run)
-        return ended_at is None or cursor.after <= self._shown_before(ended_at)
+        seen = flight.run_ended_at(self._run)
+        if not flight.knows(self._run):
+            seen = 0 if flight.alone else self._mirrored
+        return seen is None or not cursor.after or cursor.after <= self._shown_before(seen)
 
     def _is_verified(self) -> bool:
         """Whether the content is what the cursor says, if it says anything."""
@@ -286,7 +302,7 @@ class _Place:
             raise StreamLost("What comes next was too long ago: it is no longer kept.")
         if not self._cursor.position:
             raise StreamDiverged(
-                "Another run goes on with this stream, and the cursor does not say what its caller has seen of the first."
+                "Not all that the caller has seen of this stream is known here, and the cursor does not say what it was."
             )
         if self._skip is None:
             self._skip = Skip(*parse_position(self._cursor.position))

@@ -133,6 +133,7 @@ class Shared:
                 self._moved_to(result.count)
             else:
                 self._stop(holds_lease=True)
+            self.flight.alone = self.flight.alone and self.fenced
             self.flight.cancel(result.cancelled)
 
     def _moved_to(self, count: int) -> None:

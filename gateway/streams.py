@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from gateway.core.apis import APIS
+from gateway.core.apis import APIS, Api
 from gateway.core.pacing import INSTANT
 from gateway.core.policy import Disposition, age_s, remaining_s
 from gateway.core.recording import Identity, Recording
@@ -26,6 +26,7 @@ from gateway.errors import (
 )
 from gateway.flight import Complete, Failed, Flight
 from gateway.flights import Flights
+from gateway.mirror import was_abandoned
 from gateway.ports import Clock, FlightId, LogName, Peeked, Store
 from gateway.pump import Plan
 from gateway.purges import Purges
@@ -69,15 +70,16 @@ class Streams:
             if nonce in peeked.cancelled:
                 return None
             return self._replay(stream, await self._recording(name), cursor, token)
-        flight = await self._flight(stream, name, headers)
-        if flight is None or nonce in flight.cancelled:
+        found = await self._flight(stream, name, headers, counted=cursor.after > 0 and not cursor.position)
+        if found is None or nonce in found[0].cancelled:
             return None
+        flight, mirrored = found
         if not stream.event_ids:
             # A number alone says nothing without whose run it counts: from here on it is this replica's.
             owner = self._tenants.owner(headers, shared=stream.shared)
             token, _ = mint(self._store.secret, owner, stream._replace(run=flight.run))
         ids = EventIds(token) if stream.event_ids else None
-        reader = FlightReader(flight, usage=stream.usage, cursor=cursor, run=stream.run, ids=ids)
+        reader = FlightReader(flight, usage=stream.usage, cursor=cursor, run=stream.run, mirrored=mirrored, ids=ids)
         reader.nonce = nonce
         return Opened(reader, _RESUMED, stream_id=token)
 
@@ -140,20 +142,27 @@ class Streams:
         except UnknownStream:
             raise StreamNotFound(_UNKNOWN) from None
 
-    async def _flight(self, stream: StreamId, name: LogName, headers: Mapping[str, str]) -> Flight | None:
-        """The flight, as this replica has it, or can read it; None where this reader was cancelled."""
+    async def _flight(
+        self, stream: StreamId, name: LogName, headers: Mapping[str, str], *, counted: bool
+    ) -> tuple[Flight, int | None] | None:
+        """The flight, as this replica has it, or can read it, and how much of it was ``mirrored`` for its `FlightReader`;
+        None where this reader was cancelled. ``counted``: the cursor is no more than a number.
+        """
         known = self._flights.named(name, stream.run)
         try:
-            peeked = await self._peek(name)
+            peeked = await self._peek(name, stream.run)
         except StoreAway:
-            if known:
-                return known
+            if known and (known.knows(stream.run) or not counted):
+                return known, 0
             raise
         if stream.nonce.hex() in peeked.cancelled:
             return None
-        if known := known or self._flights.named(name, stream.run):
-            return known
-        api = APIS[stream.api]
+        flight = known or self._flights.named(name, stream.run)
+        if flight is None:
+            flight = await self._flight_elsewhere(APIS[stream.api], name, peeked, headers)
+        return flight, None if peeked.promised and not was_abandoned(peeked.end) else peeked.mirrored
+
+    async def _flight_elsewhere(self, api: Api, name: LogName, peeked: Peeked, headers: Mapping[str, str]) -> Flight:
         if peeked.log or peeked.lease_s:
             return self._flights.follow(api, name, partial(self._plan, peeked.request, name, headers))
         if peeked.recording:
@@ -165,9 +174,9 @@ class Streams:
             raise StreamLost("Who ran the call is gone, and what was asked is not known any more.")
         return self._questions.plan_of(noted, headers, name.key)
 
-    async def _peek(self, name: LogName) -> Peeked:
+    async def _peek(self, name: LogName, run: str = "") -> Peeked:
         try:
-            return await self._store.peek(name)
+            return await self._store.peek(name, run)
         except StoreError:
             raise StoreAway(_AWAY) from None
 

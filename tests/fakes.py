@@ -23,6 +23,7 @@ from gateway.ports import (
     Inspected,
     Listed,
     LogName,
+    Mirrored,
     Page,
     Peeked,
     Served,
@@ -54,6 +55,7 @@ class FakeLog:
     request: bytes = b""
     readers: dict[str, int] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
+    mirrored: dict[str, Mirrored] = field(default_factory=dict)
 
     @property
     def last(self) -> Entry:
@@ -88,7 +90,11 @@ class FakeLog:
 
     def lose(self) -> None:
         """As Redis may, if it has no room, or is restarted."""
-        self.entries, self.owner, self.request = [], "", b""
+        self.entries, self.owner, self.request, self.mirrored = [], "", b"", {}
+
+
+def now_ms() -> int:
+    return int(asyncio.get_running_loop().time() * 1000)
 
 
 class FakeStore:
@@ -278,12 +284,14 @@ class FakeStore:
         others = sum(count for replica, count in log.readers.items() if replica != self.replica)
         return Appended(log.count, others, frozenset(log.cancelled))
 
-    async def read(self, log: LogName, cursor: str, *, readers: int) -> Page:
+    async def read(self, log: LogName, cursor: str, *, readers: int, mirrored: Mirrored | None = None) -> Page:
         await asyncio.sleep(0)  # as any answer takes: who asks again and again must not stop all else
         self._check()
         self.reads += 1
         found = self.logs.get(log, FakeLog())
         found.readers[self.replica] = readers
+        if mirrored and found.last.by == mirrored.behind:
+            found.mirrored[mirrored.run] = mirrored
         after: EntryId = tuple(map(int, cursor.split("-")))
         entries = [each for each in found.entries if each[0] > after]
         if not entries and not found.owner and found.ended and found.entries[-1][0] != after:
@@ -295,18 +303,22 @@ class FakeStore:
             lease_s=self.lease_s if found.owner else 0.0,
             writer=found.owner,
             cancelled=frozenset(found.cancelled),
+            at_ms=now_ms(),
         )
 
-    async def take_over(self, log: LogName, writer: Writer, *, joinable: bool) -> bool:
+    async def take_over(self, log: LogName, writer: Writer, *, behind: str, joinable: bool) -> bool:
         self._check()
         found = self.logs.setdefault(log, FakeLog())
         if found.owner or found.ended:
             return found.owner == str(writer)
+        if found.entries and found.last.by != behind:
+            return False
         found.owner = str(writer)
         if joinable:
             self.now.setdefault(log.key, log.flight)
         if found.entries:
             found.write(writer, Entry(found.count, run=writer.run))
+        found.mirrored[writer.run] = Mirrored(writer.run, behind, found.count, 1 << 60)
         self.ring(log.flight)
         return True
 
@@ -325,13 +337,14 @@ class FakeStore:
         found.write(writer, Entry(found.count, end=end, body=body))
         self.expire(log)
 
-    async def peek(self, log: LogName) -> Peeked:
+    async def peek(self, log: LogName, run: str = "") -> Peeked:
         self._check()
         found = self.logs.get(log)
         stored = self.recordings.get(log.key)
         recorded = log in self.replaced or (stored is not None and stored.meta.flight == log.flight)
         if found is None:
             return Peeked(recording=recorded)
+        mirrored = found.mirrored.get(run, Mirrored(run, "", 0, 0))
         return Peeked(
             log=bool(found.entries),
             count=found.count,
@@ -342,6 +355,8 @@ class FakeStore:
             request=found.request,
             cancelled=frozenset(found.cancelled),
             readers=sum(found.readers.values()),
+            mirrored=mirrored.seen,
+            promised=mirrored.until_ms > now_ms(),
         )
 
     async def recording_of(self, log: LogName) -> Recording | None:

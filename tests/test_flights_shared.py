@@ -975,33 +975,39 @@ async def test_a_log_that_another_run_has_written_anew_is_no_continuation_of_wha
     assert replicas.calls == [1, 1, 1]
 
 
-async def test_who_finds_that_another_run_has_written_a_log_anew_when_it_has_taken_it_over_leaves_it(replicas, monkeypatch):
+async def test_a_log_that_another_run_has_written_anew_is_not_taken_over(replicas, monkeypatch):
     first, (behind, seen_behind), (ahead, seen_ahead) = await written_anew(replicas)
     _, b, c = replicas.all
     b.store.broken = True
-    log, take_over = replicas.log(first), c.store.take_over
-    entries, log.entries = log.entries, log.entries[:1]
+    log, read = replicas.log(first), c.store.read
+    entries = log.entries
 
-    async def then_there_is_more(*args: Any, **options: Any) -> bool:
-        log.entries = entries
-        return await take_over(*args, **options)
+    async def sees_nothing_yet(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(log, "entries", [])
+        try:
+            return await read(*args, **options)
+        finally:
+            monkeypatch.setattr(log, "entries", entries)
 
-    monkeypatch.setattr(c.store, "take_over", then_there_is_more)
+    monkeypatch.setattr(c.store, "read", sees_nothing_yet)
+    take_over = AsyncMock(side_effect=c.store.take_over)
+    monkeypatch.setattr(c.store, "take_over", take_over)
     monkeypatch.setattr(mirror.Mirror, "_expired", lambda _: True)
     log.owner, c.store.broken = "", False
     replicas.store.expire(named(first))
-    await c.asked()
-    assert log.last.released
+    await come(lambda: take_over.await_count)
     assert not log.owner
+    monkeypatch.setattr(c.store, "read", read)
+    await c.asked()
     c.upstream.say(*second("Hello world."), SECOND_STOP, DONE)
     assert text_of(seen_ahead + await whole_stream(ahead)) == "Hello world."
-    assert log.count == 4
+    assert log.entries == entries
     b.upstream.say(SECOND_STOP, DONE)
     assert text_of(seen_behind + await whole_stream(behind)) == "Hello there"
 
 
 async def test_a_store_that_falls_silent_is_not_waited_for_beyond_the_lease(replicas, monkeypatch):
-    a, b, _ = replicas.start(lease_s=RUNS_OUT_S)
+    a, b, _ = replicas.start(lease_s=RUNS_OUT_S, terms=Terms(lease_s=0.02))
     first = await a.open()
     await a.asked()
     follower = await b.open()

@@ -521,7 +521,7 @@ def log_calls(store: RedisStore, number: int = 0) -> dict[str, Any]:
         "claim": store.claim(log, writer),
         "append": store.append([batch(writer, 0, "ab", log=log)]),
         "read": store.read(log, LOG_START, readers=1),
-        "take_over": store.take_over(log, writer, joinable=True),
+        "take_over": store.take_over(log, writer, behind="00000001", joinable=True),
         "release": store.release(log, writer),
         "end": store.end(log, writer, b"over"),
         "peek": store.peek(log),

@@ -20,7 +20,7 @@ from stores import until
 
 # Nobody waits that long: it is what tells a hang from a slow machine.
 PATIENCE_S = 15.0
-LEASE_S = 0.5
+LEASE_S = 1.0
 # For the tests in which no lease may run out: whatever goes on then does so for another reason.
 LONG_LEASE_S = 30.0
 DONE = "[DONE]"
@@ -357,6 +357,15 @@ class Replicas:
         return sorted(int(value.partition(b":")[0]) for value in told)
 
     @property
+    def mirrored(self) -> list[bytes]:
+        """How much of the log each follower has told that it has read, and until when it does not go on alone."""
+        return [told for key in self.keys("}:mirrored:") for told in self.redis.hvals(key)]
+
+    @property
+    def promised_until_s(self) -> float:
+        return max(int(told.partition(b":")[2]) for told in self.mirrored) / 1000
+
+    @property
     def shared(self) -> int:
         """How many frames the log has, if there is one."""
         counts = [self.redis.xrevrange(key, count=1)[0][0].partition(b"-")[0] for key in self.keys("}:log:")]
@@ -622,9 +631,6 @@ async def test_events_of_a_run_that_never_wrote_a_frame_are_not_counted_in_the_r
     assert lost.error["code"] == "stream_diverged"
 
 
-@pytest.mark.xfail(
-    reason="a number does not say that its replica went on alone: the log would have to know how far each one read"
-)
 async def test_events_of_a_replica_that_went_on_alone_are_not_counted_in_the_log(replicas, shared_redis, upstream):
     """It could not reach Redis, so it asked the model itself: what its callers saw since then is in no log."""
     await replicas.start(shared_redis, wired=True)
@@ -639,8 +645,40 @@ async def test_events_of_a_replica_that_went_on_alone_are_not_counted_in_the_log
     await numbered.sees("Hello")
     upstream.gate("go on").released.set()
     assert (await leader.end()).text == "Hello world"
-    rest = await replicas.resume(2, numbered, after=len(numbered.events)).end()
-    assert rest.text in ("", " world")
+    lost = await replicas.resume(2, numbered, after=len(numbered.events)).end()
+    assert (lost.error["code"], lost.chunks) == ("stream_diverged", [])
+
+
+@pytest.mark.parametrize("when", ["promptly", "late", "after a leader's end"])
+async def test_who_read_from_a_follower_that_was_killed_resumes_by_number(replicas, shared_redis, upstream, when: str):
+    """Promptly whatever came, since the follower cannot have gone on alone; late as far as it had told what it has read."""
+    await replicas.start(shared_redis, flights_lease_s=LEASE_S if when == "late" else LONG_LEASE_S)
+    upstream.script = says(FIRST, "Hel", Hold("follow"), "lo", Hold("kill"), " world")
+    leader = replicas.ask(1)
+    await leader.sees("Hel")
+    numbered = replicas.ask(0)
+    await numbered.sees("Hel")
+    await by_then(lambda: any(not told.endswith(b":0") for told in replicas.mirrored))
+    upstream.gate("follow").released.set()
+    await numbered.sees("Hello")
+    if when == "late":
+        await by_then(lambda: [told.partition(b":")[0] for told in replicas.mirrored] == [b"3"])
+    replicas.kill(0)
+    seen = len(numbered.events)
+    if when == "late":
+        await by_then(lambda: replicas.promised_until_s < replicas.now_s)
+    if when == "after a leader's end":
+        upstream.gate("kill").released.set()
+        assert (await leader.end()).is_whole
+    rest = replicas.resume(2, numbered, after=seen)
+    upstream.gate("kill").released.set()
+    assert (await rest.end()).is_whole
+    assert rest.text == " world"
+    assert numbered.events + rest.events == (await leader.end()).events
+    if when == "late":
+        beyond = await replicas.resume(1, numbered, after=seen + 1).end()
+        assert (beyond.error["code"], beyond.chunks) == ("stream_diverged", [])
+    assert len(upstream.asked) == 1
 
 
 async def seen_but_not_shared(

@@ -327,7 +327,7 @@ async def test_the_log_of_a_flight_that_still_runs_stays(stores):
     await store.release(LOG, writer)
     await store.erase([LOG], began_by_us=LATER)
     assert (await store.peek(LOG)).count == 2
-    assert await store.take_over(LOG, writer, joinable=True)
+    assert await store.take_over(LOG, writer, behind="00000001", joinable=True)
     await store.end(LOG, writer, b"over")
     await store.erase([LOG], began_by_us=LATER)
     assert await store.peek(LOG) == Peeked()

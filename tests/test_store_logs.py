@@ -24,7 +24,7 @@ from stores import (
 )
 
 from gateway.errors import StoreCorrupt, StoreFenced, StoreUnavailable
-from gateway.ports import LOG_START, Appended, Claimed, Entry, FlightId, LogName, Page, Peeked, Writer
+from gateway.ports import LOG_START, Appended, Claimed, Entry, FlightId, LogName, Mirrored, Page, Peeked, Writer
 from gateway.store.redis import RedisStore
 
 pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
@@ -47,7 +47,8 @@ async def append(store: RedisStore, *batches: Any) -> Any:
 
 
 async def everything(store: RedisStore, log: LogName = LOG, *, readers: int = 0) -> Page:
-    return await store.read(log, LOG_START, readers=readers)
+    """The whole log, whenever it is read."""
+    return (await store.read(log, LOG_START, readers=readers))._replace(at_ms=0)
 
 
 def kinds(page: Page) -> list[Any]:
@@ -196,7 +197,8 @@ async def test_what_is_appended_is_read_elsewhere(backend, protocol):
     assert await append(one, batch(writer, 3, "d", head=b"another head")) == Appended(4)
     page = await two.read(LOG, page.cursor, readers=0)
     assert (text(page), page.cursor) == ("d", "4-1")
-    assert await two.read(LOG, page.cursor, readers=0) == page._replace(entries=(), lease_s=pytest.approx(4, abs=2))
+    later = await two.read(LOG, page.cursor, readers=0)
+    assert later == page._replace(entries=(), lease_s=pytest.approx(4, abs=2), at_ms=later.at_ms)
 
 
 async def test_a_log_needs_no_claim(backend):
@@ -322,7 +324,7 @@ async def test_a_writer_that_was_replaced_is_fenced_off_even_when_nobody_holds_t
     old, new = writer_of(store), writer_of(store, "00000002")
     await append(store, batch(old, 0, "ab"))
     await lease_runs_out(backend)
-    assert await store.take_over(LOG, new, joinable=True)
+    assert await store.take_over(LOG, new, behind="00000001", joinable=True)
     await lease_runs_out(backend)
     await refusing(append(store, batch(old, 2, "x")))
     await refusing(append(store, batch(old, 2)))
@@ -447,9 +449,9 @@ async def test_a_log_is_taken_over_when_its_writer_has_lost_the_lease(backend):
     old, new = writer_of(one), writer_of(two, "00000002")
     await one.claim(LOG, old)
     await append(one, batch(old, 0, "ab"))
-    assert not await two.take_over(LOG, new, joinable=True)
+    assert not await two.take_over(LOG, new, behind="00000001", joinable=True)
     await lease_runs_out(backend)
-    assert await two.take_over(LOG, new, joinable=True)
+    assert await two.take_over(LOG, new, behind="00000001", joinable=True)
     await refusing(append(one, batch(old, 2, "x")))
     assert await append(two, batch(new, 2, "c")) == Appended(3)
     page = await everything(one)
@@ -468,7 +470,9 @@ async def test_of_many_who_take_over_at_once_one_does(backend, released):
         await lease_runs_out(backend)
     takers = [await backend.store() for _ in range(4)]
     assert sorted(
-        await asyncio.gather(*(store.take_over(LOG, writer_of(store, "2"), joinable=True) for store in takers))
+        await asyncio.gather(
+            *(store.take_over(LOG, writer_of(store, "2"), behind="00000001", joinable=True) for store in takers)
+        )
     ) == [
         False,
         False,
@@ -483,8 +487,8 @@ async def test_a_take_over_whose_answer_was_lost_holds_when_it_is_made_again(bac
     new = writer_of(store, "00000002")
     await append(store, batch(writer_of(store), 0, "ab"))
     await store.release(LOG, writer_of(store))
-    assert await store.take_over(LOG, new, joinable=True)
-    assert await store.take_over(LOG, new, joinable=True)
+    assert await store.take_over(LOG, new, behind="00000001", joinable=True)
+    assert await store.take_over(LOG, new, behind="00000001", joinable=True)
     assert kinds(await everything(store)).count("00000002") == 1
 
 
@@ -493,7 +497,7 @@ async def test_newcomers_follow_a_log_that_was_taken_over_if_they_may(backend, j
     store = await backend.store()
     await append(store, batch(writer_of(store), 0, "ab"))
     await store.release(LOG, writer_of(store))
-    assert await store.take_over(LOG, writer_of(store, "00000002"), joinable=joinable)
+    assert await store.take_over(LOG, writer_of(store, "00000002"), behind="00000001", joinable=joinable)
     assert await store.claim(OTHER_LOG, writer_of(store)) == (FOLLOWS if joinable else LEADS)
 
 
@@ -502,14 +506,14 @@ async def test_a_take_over_leaves_the_flight_that_newcomers_follow_by_now(backen
     await append(store, batch(writer_of(store), 0, "ab"))
     await store.release(LOG, writer_of(store))
     await store.claim(OTHER_LOG, writer_of(store, "00000002"))
-    assert await store.take_over(LOG, writer_of(store, "00000003"), joinable=True)
+    assert await store.take_over(LOG, writer_of(store, "00000003"), behind="00000001", joinable=True)
     assert await store.claim(LogName(KEY, FlightId("d" * 16)), writer_of(store)) == Claimed(follow=OTHER_LOG.flight)
 
 
 async def test_of_many_who_take_over_before_there_is_a_log_one_does_and_writes_it_from_its_beginning(backend):
     store = await backend.store()
-    assert await store.take_over(LOG, writer_of(store), joinable=True)
-    assert not await store.take_over(LOG, writer_of(store, "00000002"), joinable=True)
+    assert await store.take_over(LOG, writer_of(store), behind="00000001", joinable=True)
+    assert not await store.take_over(LOG, writer_of(store, "00000002"), behind="00000001", joinable=True)
     await append(store, batch(writer_of(store), 0, "ab"))
     assert [entry.run for entry in (await everything(store)).entries] == [""]
 
@@ -518,7 +522,7 @@ async def test_what_has_ended_is_not_taken_over(backend):
     store = await backend.store()
     await append(store, batch(writer_of(store), 0, "ab"))
     await store.end(LOG, writer_of(store), b"over")
-    assert not await store.take_over(LOG, writer_of(store, "00000002"), joinable=True)
+    assert not await store.take_over(LOG, writer_of(store, "00000002"), behind="00000001", joinable=True)
     assert not (await everything(store)).lease_s
 
 
@@ -532,7 +536,7 @@ async def test_a_log_that_is_given_up_can_be_taken_over_at_once(backend):
     page = await two.read(LOG, cursor, readers=1)
     assert kinds(page) == ["released"]
     assert page.lease_s == 0
-    assert await two.take_over(LOG, writer_of(two), joinable=True)
+    assert await two.take_over(LOG, writer_of(two), behind="00000001", joinable=True)
     assert kinds(await two.read(LOG, page.cursor, readers=1)) == ["00000001"]
 
 
@@ -624,7 +628,7 @@ async def test_who_has_lost_the_log_stores_no_recording(backend):
     old, new = writer_of(store), writer_of(store, "00000002")
     await append(store, batch(old, 0, "ab"))
     await store.release(LOG, old)
-    await store.take_over(LOG, new, joinable=True)
+    await store.take_over(LOG, new, behind="00000001", joinable=True)
     await refusing(store.store(KEY, of_flight(LOG), ends=LOG, writer=old, end=b"over"))
     assert await store.lookup(KEY, "whole") is None
     assert await store.store(KEY, of_flight(LOG), ends=LOG, writer=new, end=b"over")
@@ -736,7 +740,7 @@ async def test_the_bell_rings_for_all_that_a_reader_has_to_know(backend, protoco
     await ears.rung()
     await one.release(LOG, writer)
     await ears.rung()
-    await one.take_over(LOG, new, joinable=True)
+    await one.take_over(LOG, new, behind="00000001", joinable=True)
     await ears.rung()
     await one.end(LOG, new, b"over")
     await ears.rung()
@@ -858,6 +862,63 @@ async def test_a_closed_store_leaves_no_listener_waiting(backend):
         await store.listen(LOG.flight, Ears().ring)
 
 
+# What the readers of a mirror have seen
+
+
+async def seen_of(store: RedisStore, run: str) -> tuple[int, bool]:
+    peeked = await store.peek(LOG, run)
+    return peeked.mirrored, peeked.promised
+
+
+async def test_a_mirror_tells_how_much_it_has_read_and_until_when_its_readers_see_nothing_else(backend):
+    one, two = await backend.store(), await backend.store()
+    await append(one, batch(writer_of(one), 0, "ab"))
+    at_ms = (await two.read(LOG, LOG_START, readers=1)).at_ms
+    assert at_ms > 0
+    for number, promise_ms, promised in ((1, 60_000, True), (2, 0, False)):
+        told = Mirrored("0000000a", "00000001", number, at_ms + promise_ms)
+        await two.read(LOG, LOG_START, readers=1, mirrored=told)
+        assert await seen_of(one, "0000000a") == (number, promised)
+    await two.read(LOG, LOG_START, readers=0, mirrored=Mirrored("0000000b", "00000001", 1, 0))
+    assert [await seen_of(one, run) for run in ("0000000a", "0000000b", "0000000c", "")] == [
+        (2, False), (1, False), (0, False), (0, False)
+    ]  # fmt: skip
+
+
+async def test_a_mirror_that_takes_the_log_over_is_in_it_from_then_on(backend):
+    one, two = await backend.store(), await backend.store()
+    await append(one, batch(writer_of(one), 0, "ab"))
+    await two.read(LOG, LOG_START, readers=1, mirrored=Mirrored("0000000a", "00000001", 1, 0))
+    assert not await two.take_over(LOG, writer_of(two, "0000000a"), behind="00000001", joinable=True)
+    assert await seen_of(one, "0000000a") == (1, False)
+    await one.release(LOG, writer_of(one))
+    assert await two.take_over(LOG, writer_of(two, "0000000a"), behind="00000001", joinable=True)
+    assert await seen_of(one, "0000000a") == (2, True)
+
+
+async def test_what_a_mirror_has_told_lives_as_long_as_the_log(backend):
+    store = await backend.store(resume_s=20)
+    writer, name = writer_of(store), backend.key("mirrored", LOG)
+    await append(store, batch(writer, 0, "ab"))
+    await store.read(LOG, LOG_START, readers=0, mirrored=Mirrored("0000000a", "00000001", 2, 0))
+    assert 15_000 < await backend.raw.pttl(name) <= 20_000
+    await backend.raw.pexpire(name, 1000)
+    await append(store, batch(writer, 2))
+    assert await backend.raw.pttl(name) > 10_000
+
+
+async def test_what_was_read_of_a_log_that_was_lost_says_nothing_of_the_one_that_is_written_anew(backend):
+    store = await backend.store()
+    writer = writer_of(store)
+    await append(store, batch(writer, 0, "ab"))
+    await store.read(LOG, LOG_START, readers=1, mirrored=Mirrored("0000000a", "00000001", 2, 1 << 50))
+    await append(store, batch(writer, 2, "c"))
+    assert await seen_of(store, "0000000a") == (2, True)
+    await backend.raw.delete(backend.key("log", LOG))
+    await append(store, batch(writer, 0, "xyz"))
+    assert await seen_of(store, "0000000a") == (0, False)
+
+
 # Keys and commands
 
 
@@ -872,6 +933,7 @@ async def use_all(store: RedisStore) -> None:
     await append(store, batch(writer, 0, "ab", request=b"asked", readers=1))
     await store.cancel(LOG, "a reader")
     await append(store, batch(writer, 2, readers=1))
+    await store.read(LOG, LOG_START, readers=1, mirrored=Mirrored("0000000a", "00000001", 2, 0))
 
 
 async def test_a_deployment_that_was_killed_leaves_nothing_but_the_secret(backend):
@@ -886,6 +948,7 @@ async def test_a_deployment_that_was_killed_leaves_nothing_but_the_secret(backen
         **dict.fromkeys([backend.key("now"), backend.key("lease", LOG)], 4_000),
         **dict.fromkeys([backend.key(what, log) for what in ("log", "req") for log in (LOG, OTHER_LOG)], 20_000),
         backend.key("cancelled", LOG): 20_000,
+        backend.key("mirrored", LOG): 20_000,
         backend.key("readers", LOG): 15_000,
         backend.key("rec", LogName(KEY, FlightId("1" * 16))): 20_000,
         backend.name: 60_000,
@@ -917,8 +980,8 @@ OPERATIONS: dict[str, Callable[[RedisStore, Writer], Any]] = {
     "claim": lambda store, writer: store.claim(LOG, writer),
     "append": lambda store, writer: store.append([batch(writer, 2, "c")]),
     "heartbeat": lambda store, writer: store.append([batch(writer, 2)]),
-    "read": lambda store, _: store.read(LOG, LOG_START, readers=1),
-    "take_over": lambda store, writer: store.take_over(LOG, writer, joinable=True),
+    "read": lambda store, _: store.read(LOG, LOG_START, readers=1, mirrored=Mirrored("0000000a", "00000001", 2, 0)),
+    "take_over": lambda store, writer: store.take_over(LOG, writer, behind="00000001", joinable=True),
     "release": lambda store, writer: store.release(LOG, writer),
     "end": lambda store, writer: store.end(LOG, writer, b"over"),
     "store": lambda store, writer: store.store(KEY, of_flight(LOG), ends=LOG, writer=writer, end=b"over"),
@@ -1008,7 +1071,7 @@ async def test_a_closed_store_refuses_everything(backend):
             await act(store, writer_of(store))
 
 
-@pytest.mark.parametrize("what", ["lease", "log", "readers", "cancelled"])
+@pytest.mark.parametrize("what", ["lease", "log", "readers", "cancelled", "mirrored"])
 async def test_what_is_of_another_type_under_the_names_of_a_log_is_deleted_and_written_anew(backend, what, caplog):
     store = await backend.store()
     writer, name = writer_of(store), backend.key(what, LOG)
@@ -1022,6 +1085,7 @@ async def test_what_is_of_another_type_under_the_names_of_a_log_is_deleted_and_w
                 held = (await append(store, batch(writer, 0, "abc", request=b"asked"))).count
                 await append(store, batch(writer, held, "abc"[held:]))
                 text_then = text(await everything(store, readers=1))
+                await store.peek(LOG, "0000000a")
             await asyncio.sleep(0.005)
     assert await backend.raw.type(name) != b"list"
     assert len([record for record in caplog.records if "do not load" in record.getMessage()]) <= 1

@@ -14,6 +14,8 @@ Keys, all under ``[redis] prefix`` (``gw``); ``{K}`` is the cache key, ``F`` a f
 | `gw:{K}:req:F`       | string | what a take-over needs of the request                                      | `resume_s`   |
 | `gw:{K}:readers:F`   | hash   | replica → `readers:when this is stale` (ms, Redis' time)                   | a few leases |
 | `gw:{K}:cancelled:F` | set    | readers that were cancelled for good                                       | `resume_s`   |
+| `gw:{K}:mirrored:F`  | hash   | run → `read:until`: so much of the log a replica has read that mirrors it; | `resume_s`   |
+|                      |        | until then (ms, Redis' time) its readers see nothing else, see `Mirrored`  |              |
 | `gw:secret`          | string | the secret of the cache keys, where the configuration names none           | for ever     |
 | `gw:purges`          | stream | `purge` (JSON), and `until` when it counts (ms, Redis' time); the ids are  | as its last  |
 |                      |        | the server's, so that a cursor never has one come in before it             | purge        |
@@ -44,7 +46,7 @@ from gateway.core.key import CacheKey
 from gateway.ports import LogName
 
 _TYPES = {"rec": "hash", "now": "string", "lease": "string", "log": "stream"}
-_TYPES |= {"req": "string", "readers": "hash", "cancelled": "set"}
+_TYPES |= {"req": "string", "readers": "hash", "cancelled": "set", "mirrored": "hash"}
 
 
 class Keys:
@@ -96,6 +98,9 @@ class Keys:
 
     def cancelled(self, log: LogName) -> str:
         return self._of("cancelled", log)
+
+    def mirrored(self, log: LogName) -> str:
+        return self._of("mirrored", log)
 
     def bell(self, whose: str) -> str:
         """The channel of a flight, or of a replica."""

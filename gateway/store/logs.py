@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from gateway.errors import StoreCorrupt, StoreError, StoreFenced
-from gateway.ports import Appended, Batch, Claimed, Entry, FlightId, LogName, Page, Peeked, Writer
+from gateway.ports import Appended, Batch, Claimed, Entry, FlightId, LogName, Mirrored, Page, Peeked, Writer
 from gateway.store import scripts
 from gateway.store.bell import Bell
 from gateway.store.client import Command
@@ -20,6 +20,7 @@ _READERS_LEASES = 3
 _PAGE_ENTRIES = 256
 _PAGE_BYTES = 1_048_576
 _FRAME_END = b"\n\n"
+_NOT_MIRRORED = Mirrored("", "", 0, 0)
 
 
 class Logs:
@@ -52,12 +53,14 @@ class Logs:
         answers = await self._server.write_all([self._append(batch) for batch in batches])
         return [_appended(answer) for answer in answers]
 
-    async def read(self, log: LogName, cursor: str, *, readers: int) -> Page:
+    async def read(self, log: LogName, cursor: str, *, readers: int, mirrored: Mirrored | None = None) -> Page:
         """The entries after the cursor."""
         keys = [self._keys.log(log), self._keys.lease(log), self._keys.readers(log), self._keys.cancelled(log)]
+        keys.append(self._keys.mirrored(log))
         limits = (self._readers_ms, _PAGE_ENTRIES, _PAGE_BYTES)
-        command = scripts.READ.call(keys, cursor, self.replica, readers, *limits, log.flight, self._keys.bells)
-        entries, exists, lease_ms, owner, more, cancelled = await self._server.run(command, "steady")
+        seen = (*(mirrored or _NOT_MIRRORED), self._resume_ms)
+        command = scripts.READ.call(keys, cursor, self.replica, readers, *limits, log.flight, self._keys.bells, *seen)
+        entries, exists, lease_ms, owner, more, cancelled, at_ms = await self._server.run(command, "steady")
         return Page(
             entries=tuple(_entry(id_, fields) for id_, fields in entries),
             cursor=entries[-1][0].decode() if entries else cursor,
@@ -66,15 +69,17 @@ class Logs:
             writer=owner.decode(),
             more=bool(more),
             cancelled=_names(cancelled),
+            at_ms=at_ms,
         )
 
-    async def take_over(self, log: LogName, writer: Writer, *, joinable: bool) -> bool:
+    async def take_over(self, log: LogName, writer: Writer, *, behind: str, joinable: bool) -> bool:
         """Takes the lease of a log whose writer has lost it."""
-        keys = [*self._ownership(log), self._keys.request(log), self._keys.cancelled(log)]
+        keys = [*self._ownership(log), self._keys.request(log), self._keys.cancelled(log), self._keys.mirrored(log)]
         args = (
             log.flight,
             str(writer),
             writer.run,
+            behind,
             self._keys.bell(log.flight),
             int(joinable),
             self._lease_ms,
@@ -93,13 +98,13 @@ class Logs:
         if await self._server.write(scripts.END.call(self._ownership(log), *args)) < 0:
             raise fenced()
 
-    async def peek(self, log: LogName) -> Peeked:
-        """What is left of a flight."""
+    async def peek(self, log: LogName, run: str = "") -> Peeked:
+        """What is left of a flight, and what readers of the run ``run`` have seen of it."""
         keys = self._keys
         names = [keys.log(log), keys.lease(log), keys.recording(log.key), keys.replaced(log)]
-        names += [keys.request(log), keys.readers(log), keys.cancelled(log)]
-        answer = await self._server.run(scripts.PEEK.call(names, log.flight), "steady")
-        exists, count, head, end, lease_ms, recorded, request, cancelled, readers = answer
+        names += [keys.request(log), keys.readers(log), keys.cancelled(log), keys.mirrored(log)]
+        answer = await self._server.run(scripts.PEEK.call(names, log.flight, run), "steady")
+        exists, count, head, end, lease_ms, recorded, request, cancelled, readers, mirrored, promised = answer
         return Peeked(
             log=bool(exists),
             count=count,
@@ -110,6 +115,8 @@ class Logs:
             request=request,
             cancelled=_names(cancelled),
             readers=readers,
+            mirrored=mirrored,
+            promised=bool(promised),
         )
 
     async def cancel(self, log: LogName, reader: str) -> None:
@@ -135,6 +142,7 @@ class Logs:
     def _append(self, batch: Batch) -> Command:
         log = batch.log
         keys = [*self._ownership(log), self._keys.request(log), self._keys.readers(log), self._keys.cancelled(log)]
+        keys.append(self._keys.mirrored(log))
         return scripts.APPEND.call(
             keys,
             self.replica,

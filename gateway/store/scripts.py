@@ -72,6 +72,13 @@ local function tell_readers(readers, replica, count, life_ms)
   end
 end
 
+local function run_of(last) return string.match(last._w or '', '[^.]*$') end
+
+local function note(mirrored, run, seen, until_ms, life_ms)
+  redis.pcall('HSET', mirrored, run, seen .. ':' .. until_ms)
+  redis.pcall('PEXPIRE', mirrored, life_ms)
+end
+
 -- Tells the replica that writes a log that it should look at it.
 local function call_writer(lease, prefix, flight)
   local owner = redis.call('GET', lease)
@@ -111,7 +118,7 @@ return 0
 _APPEND = (
     _COMMON
     + """
-local lease, log, now, request, readers, cancelled = unpack(KEYS)
+local lease, log, now, request, readers, cancelled, mirrored = unpack(KEYS)
 local replica, flight, writer, channel = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local lease_ms, log_ms, readers_ms = ARGV[5], ARGV[6], ARGV[7]
 local first, count, trim_to = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
@@ -131,6 +138,8 @@ if held == first then
   end
   if first == 0 and asked ~= '' then redis.call('SET', request, asked, 'PX', log_ms) end
   if trim_to > 0 then redis.call('XTRIM', log, 'MINID', id(math.min(trim_to + 1, held), 0)) end
+  -- Of a log that was lost, and is written anew by another run, nobody has read anything yet.
+  if grown and not last.exists then redis.call('DEL', mirrored) end
 end
 hold(lease, writer, lease_ms)
 if joinable == '0' then
@@ -138,7 +147,7 @@ if joinable == '0' then
 elseif (redis.call('GET', now) or flight) == flight then
   hold(now, flight, lease_ms)
 end
-extend(log_ms, log, request, cancelled)
+extend(log_ms, log, request, cancelled, mirrored)
 tell_readers(readers, replica, own_readers, readers_ms)
 if grown then ring(channel) end
 return {held, others(readers, replica), redis.call('SMEMBERS', cancelled)}
@@ -149,8 +158,9 @@ return {held, others(readers, replica), redis.call('SMEMBERS', cancelled)}
 _READ = (
     _COMMON
     + """
-local log, lease, readers, cancelled = unpack(KEYS)
+local log, lease, readers, cancelled, mirrored = unpack(KEYS)
 local cursor, replica, own_readers, readers_ms, most_entries, most_bytes, flight, prefix = unpack(ARGV)
+local run, behind, seen, until_ms, log_ms = unpack(ARGV, 9)
 local entries, size, more, step = {}, 0, false, 16
 local from = '(' .. cursor
 repeat
@@ -173,25 +183,29 @@ end
 -- Where nobody listened, the writer takes its time with what it appends.
 if own_readers ~= '0' and redis.call('HEXISTS', readers, replica) == 0 then call_writer(lease, prefix, flight) end
 tell_readers(readers, replica, own_readers, readers_ms)
+if run ~= '' and run_of(last_of(log)) == behind then note(mirrored, run, seen, until_ms, log_ms) end
 return {entries, redis.call('EXISTS', log), redis.call('PTTL', lease), owner or '', more and 1 or 0,
-  redis.call('SMEMBERS', cancelled)}
+  redis.call('SMEMBERS', cancelled), now_ms()}
 """
 )
 
 _TAKE_OVER = (
     _COMMON
     + """
-local lease, log, now, request, cancelled = unpack(KEYS)
-local flight, writer, run, channel, joinable, lease_ms, log_ms = unpack(ARGV)
+local lease, log, now, request, cancelled, mirrored = unpack(KEYS)
+local flight, writer, run, behind, channel, joinable, lease_ms, log_ms = unpack(ARGV)
 local owner = redis.call('GET', lease)
 if owner then return owner == writer and 1 or 0 end
 local last = last_of(log)
 if last._end then return 0 end
+-- It was taken over by a run that this one has not heard of yet, or was lost and written anew by such.
+if last.exists and run_of(last) ~= behind then return 0 end
 -- Of a log that is not there nothing was shown, or it is lost: whoever holds the lease writes it from its beginning.
 if last.exists then redis.call('XADD', log, id(last.count, last.seq + 1), 'run', run, 'w', writer) end
 redis.call('SET', lease, writer, 'PX', lease_ms)
 if joinable == '1' and (redis.call('GET', now) or flight) == flight then hold(now, flight, lease_ms) end
 extend(log_ms, log, request, cancelled)
+note(mirrored, run, last.count, 'ever', log_ms)  -- from here on it is in the log
 ring(channel)
 return 1
 """
@@ -272,14 +286,17 @@ return stays and 0 or 1
 _PEEK = (
     _COMMON
     + """
-local log, lease, rec, replaced, request, readers, cancelled = unpack(KEYS)
+local log, lease, rec, replaced, request, readers, cancelled, mirrored = unpack(KEYS)
 local last, head = last_of(log), ''
 for _, entry in ipairs(redis.call('XRANGE', log, '0', '0')) do
   if entry[2][1] == 'h' then head = entry[2][2] end
 end
 local recorded = redis.pcall('HGET', rec, 'flight') == ARGV[1] or redis.call('EXISTS', replaced) == 1
+local seen, until_ms = string.match(redis.call('HGET', mirrored, ARGV[2]) or '', '^(%d+):(%w+)$')
+local promised = until_ms and (until_ms == 'ever' or tonumber(until_ms) > now_ms())
 return {last.exists and 1 or 0, last.count, head, last._end or '', redis.call('PTTL', lease), recorded and 1 or 0,
-  redis.call('GET', request) or '', redis.call('SMEMBERS', cancelled), others(readers, '')}
+  redis.call('GET', request) or '', redis.call('SMEMBERS', cancelled), others(readers, ''), tonumber(seen or 0),
+  promised and 1 or 0}
 """
 )
 
