@@ -20,7 +20,7 @@ from stores import until
 
 # Nobody waits that long: it is what tells a hang from a slow machine.
 PATIENCE_S = 15.0
-LEASE_S = 1.0
+LEASE_S = 0.8
 # For the tests in which no lease may run out: whatever goes on then does so for another reason.
 LONG_LEASE_S = 30.0
 DONE = "[DONE]"
