@@ -17,6 +17,8 @@ from gateway.errors import StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
 from gateway.http.relay import Relay
+from gateway.missing import Missing
+from gateway.nearby import Nearby
 from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
 from gateway.pump import Rules
@@ -115,7 +117,8 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     tenants, rules = Tenants(store), _cache_rules(config)
     adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key)
     questions = Questions(router, store, tenants, rules)
-    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
+    missing = Missing(questions, Nearby(store, clock))
+    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally, missing)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
     if admin_key and config.admin.is_open:
@@ -158,6 +161,7 @@ def _cache_rules(config: Config) -> CacheRules:
         keep_requests=cache.keep_requests,
         sample_order=cache.sample_order,
         sample_seed=cache.sample_seed,
+        mode=cache.mode,
     )
 
 
@@ -215,17 +219,22 @@ async def rehearse(loaded: Loaded) -> None:
     await fleet.close()
 
 
+MODES = {"record": "; record mode: every answer is asked for anew", "replay": "; replay mode: no model is asked"}
+
+
 def announcement(address: Any, config: Config, store: str) -> str:
     """Where it listens, where it keeps what, and whom it asks."""
     host, port = address[:2]
     base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    cache = f"cache: {store if config.cache.enabled else 'off'}"
+    cache = f"cache: {store if config.cache.mode != 'off' else 'off'}{MODES.get(config.cache.mode, '')}"
     administration = ["admin: on at /admin/"] if config.admin.is_open else []
     return "\n".join([f"listening on {base_url}", cache, *administration, describe_upstreams(config)])
 
 
 def describe_upstreams(config: Config) -> str:
     """One line an upstream."""
+    if config.is_replay:
+        return f"upstream: none, since this is replay mode; what is not recorded: {config.replay.on_miss}"
     if not config.upstreams:
         return "upstream: none is configured, so a simulated model answers (see [[upstreams]] in config.toml)"
     return "\n".join(f"upstream {upstream.name}: {_described(upstream)}" for upstream in config.upstreams)

@@ -254,6 +254,24 @@ class NotCached(Unavailable):
     detail = "not-cached"
 
 
+class NotRecorded(Unavailable):
+    """In replay mode no model is asked, and there is no recording that would do.
+
+    ``key`` is what it would be stored under, ``nearest`` what the explanation of a miss says of the nearest recording.
+    """
+
+    status = 504
+    code = "not_recorded"
+    detail = "not-recorded"
+
+    def __init__(self, message: str, *, key: str = "", nearest: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})  # OpenAI's clients: it will be missing again
+        self._told = {"key": key, "nearest": nearest} if key else {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": super().body()["error"] | self._told}
+
+
 class ShuttingDown(Unavailable):
     """The process is ending, and the time for running streams is over."""
 

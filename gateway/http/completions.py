@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
@@ -80,11 +81,12 @@ async def _read(request: web.Request, api: Api, *, event_ids: bool) -> Request:
         raise InvalidRequest("The request body must be a JSON object.")
     try:
         controls = controls_of(request.headers, body)
+        pace = fields.replay(request.headers.getall(fields.REPLAY, ()))
     except RequestProblem as problem:
         raise InvalidRequest(str(problem), param=problem.param) from None
     if (wish := request.headers.get("Gateway-Event-Ids")) is not None:
         event_ids = _BOOLEANS.get(wish.strip(), event_ids)
-    return Request(api, body, request.headers, controls, event_ids)
+    return Request(api, body, request.headers, controls, event_ids, pace)
 
 
 def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Controls:
@@ -166,8 +168,9 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
 
 async def _write(request: web.Request, response: web.StreamResponse, reader: Reader, timing: Timing) -> None:
     """The one loop that writes streams: what the reader has, comments while it has nothing, then the end."""
+    push = partial(_push, request, response)
     while True:
-        data = await reader.next(timing.keepalive_s)
+        data = await reader.next(timing.keepalive_s, push)
         if reader.at_end:
             # Clients stop reading at the end event, so it leaves together with the end of the body.
             await _patiently(request, response.write_eof((data or b"") + reader.end()), timing)
@@ -183,6 +186,22 @@ async def _write_data(request: web.Request, response: web.StreamResponse, data: 
         await response.write(data)  # which cannot wait
     else:
         await _patiently(request, response.write(data), timing)
+
+
+def _push(request: web.Request, response: web.StreamResponse, data: bytes) -> bool:
+    """Writes at once, for whoever has no task that could wait, if all before it has left; whether it did."""
+    transport = request.transport
+    if transport is None or len(data) >= _SMALL_BYTES or transport.get_write_buffer_size():
+        return False
+    write = response.write(data)
+    try:
+        write.send(None)
+    except StopIteration:
+        return True
+    except ConnectionResetError:
+        return False  # whoever waits for the stream learns it when it writes
+    write.close()  # it is written, and would only wait until there is room for more
+    return True
 
 
 async def _patiently(request: web.Request, write: Awaitable[None], timing: Timing) -> None:
@@ -216,6 +235,8 @@ def _headers(
     if opened.ttl_s and (disposition.ttl_s > 0 or disposition.stored):
         headers["Cache-Control"] = f"private, max-age={int(opened.ttl_s)}"
         headers["Vary"] = _VARY
+    if opened.simulated:
+        headers["Gateway-Simulated"] = "?1"
     if opened.stream_id:
         headers["Gateway-Stream-Id"] = opened.stream_id
     if streamed:

@@ -1,11 +1,12 @@
-"""The structured fields (RFC 9651) in which a caller says what to do with the cache.
+"""The structured fields (RFC 9651) in which a caller says what to do with the cache, and how a replay is to be.
 
 RFC 9651 4.2 lets the definition of a field choose whether a malformed value is ignored or refused. These are refused, with
 `RequestProblem`: a mistyped namespace that is ignored would mix entries which are meant to be apart. Parameters are
-ignored, as the RFC wants it of those that are not known.
+ignored, as the RFC wants it of those that are not known; but in a Dictionary, whose members and parameters say how a test
+is to be run, what is not known is refused: a test that was not what it seemed has tested nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ import http_sf
 
 from gateway.core.apis.base import RequestProblem
 from gateway.core.controls import MAX_NAME_CHARS, MAX_TAGS
+from gateway.core.pacing import NO_WISH, Wish
 
 TTL = "Gateway-Cache-TTL"
 NAMESPACE = "Gateway-Cache-Namespace"
 TAGS = "Gateway-Cache-Tags"
+REPLAY = "Gateway-Replay"
 
 _A_TTL = "one Integer or Decimal of seconds, 0 or more"
 _A_NAMESPACE = f"one String or Token of 1 to {MAX_NAME_CHARS} characters"
@@ -49,6 +52,94 @@ def tags(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+Read = Callable[[Any], Any]
+"""Takes a bare item, or raises `ValueError` with what it has to be."""
+
+
+def _number(least: float, most: float = 1e15) -> Read:
+    def read(value: Any) -> float:
+        if type(value) not in (int, Decimal) or not least <= value <= most:  # by type, since a Boolean is an int too
+            raise ValueError(f"a number from {least:g} to {most:g}" if most < 1e15 else f"a number of at least {least:g}")
+        return float(value)
+
+    return read
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError("an Integer")
+    return value
+
+
+def _yes(value: Any) -> bool:
+    if value is not True:
+        raise ValueError("no value")
+    return True
+
+
+_ABOVE_ZERO = 0.001
+_SECONDS = _number(0)
+# Of each member: what it is called in a `Pace`, how it is read, and the same of its parameters.
+_REPLAY: Mapping[str, tuple[str, Read, Mapping[str, tuple[str, Read]]]] = {
+    "instant": ("instant", _yes, {}),
+    "recorded": ("recorded", _yes, {"speed": ("speed", _number(_ABOVE_ZERO))}),
+    "rate": ("tokens_per_s", _number(_ABOVE_ZERO), {}),
+    "ttft": ("ttft_s", _SECONDS, {"sd": ("ttft_sd_s", _SECONDS)}),
+    "itl": ("itl_s", _SECONDS, {"sd": ("itl_sd_s", _SECONDS)}),
+    "speed": ("speed", _number(_ABOVE_ZERO), {}),
+    "jitter": ("jitter", _number(0, 1), {}),
+    "max_gap": ("max_gap_s", _number(_ABOVE_ZERO), {}),
+    "seed": ("seed", _integer, {}),
+}
+_KINDS = ("instant", "recorded", "rate", "itl")
+
+
+def replay(values: Sequence[str]) -> Wish:
+    """How a replay is to be timed, from the field lines. Raises `RequestProblem`."""
+    if not values:
+        return NO_WISH
+    said = _parsed(REPLAY, values, "dictionary", "a Dictionary")
+    wish: dict[str, Any] = {}
+    for name, (value, parameters) in said.items():
+        if name not in _REPLAY:
+            raise _problem(REPLAY, f"no member {name!r}, but {', '.join(_REPLAY)}")
+        member, read, known = _REPLAY[name]
+        wish[member] = _read(REPLAY, name, value, read)
+        wish |= {own: 0.0 for own, _ in known.values() if own.endswith("_sd_s")}  # what is not said does not vary
+        for parameter, given in parameters.items():
+            if parameter not in known:
+                raise _problem(REPLAY, f"no parameter {parameter!r} of {name!r}")
+            wish[known[parameter][0]] = _read(REPLAY, f"{name};{parameter}", given, known[parameter][1])
+    if "seed" in said:
+        wish["turns"] = False
+    return _with_kind(said, wish)
+
+
+def _with_kind(said: Mapping[str, Any], wish: dict[str, Any]) -> Wish:
+    """The kind of pace that the members come to."""
+    kinds = [name for name in _KINDS if name in said]
+    if len(kinds) > 1:
+        raise _problem(REPLAY, f"only one of {' and '.join(kinds)}")
+    if "ttft" in said and kinds and kinds[0] in ("instant", "recorded"):
+        raise _problem(REPLAY, f"no 'ttft' beside {kinds[0]!r}")
+    wish.pop("instant", None)
+    wish.pop("recorded", None)
+    if "rate" in said and "ttft" in said:
+        return wish | {"kind": "drawn", "itl_s": 1.0 / wish.pop("tokens_per_s"), "itl_sd_s": 0.0}
+    if "rate" in said:
+        return wish | {"kind": "fixed"}
+    if "ttft" in said or "itl" in said:
+        return wish | {"kind": "drawn"}
+    return wish | {"kind": kinds[0]} if kinds else wish
+
+
+def _read(field: str, name: str, value: Any, read: Read) -> Any:
+    try:
+        return read(value)
+    except ValueError as expected:
+        raise _problem(field, f"{expected} for {name!r}") from None
+
+
 def _item(field: str, values: Sequence[str], expected: str) -> Any:
     # Two lines could be joined to one Item: inside of a String a comma is text.
     if len(values) != 1:
@@ -57,7 +148,7 @@ def _item(field: str, values: Sequence[str], expected: str) -> Any:
     return value
 
 
-def _parsed(field: str, values: Sequence[str], kind: Literal["item", "list"], expected: str) -> Any:
+def _parsed(field: str, values: Sequence[str], kind: Literal["item", "list", "dictionary"], expected: str) -> Any:
     try:
         return http_sf.parse(", ".join(values).encode("ascii"), tltype=kind)
     except ValueError:  # the parser's, or the encoder's
