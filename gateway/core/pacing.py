@@ -101,11 +101,15 @@ class Pace:
 
 INSTANT = Pace()
 
+# A deviation of more than a thousand times the mean is beyond what numbers hold.
+_LEAST_SHAPE = 1e-6
+
 
 def _drawn(mean: float, sd: float, draw: Draw) -> float:
     if not (mean and sd):
         return mean
-    return draw.gammavariate((mean / sd) ** 2, sd * sd / mean)
+    shape = max((mean / sd) ** 2, _LEAST_SHAPE)
+    return draw.gammavariate(shape, mean / shape)
 
 
 def due_by(schedule: Sequence[float], start: int, elapsed_s: float) -> int:

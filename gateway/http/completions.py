@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_writer import StreamWriter
 from multidict import CIMultiDictProxy
 
 from gateway.core.apis import Api, RequestProblem
@@ -19,7 +20,7 @@ from gateway.http import fields
 from gateway.http.edge import EXCHANGE, Exchange, Handler
 from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS, Request
-from gateway.reader import Reader
+from gateway.reader import Push, Reader, takes_nothing
 from gateway.service import Opened, Service
 
 METHODS = ("POST", "QUERY")
@@ -153,10 +154,11 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
     response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True))
     try:
         exchange.head_sent = True
-        await response.prepare(request)
+        writer = await response.prepare(request)
         if head is None:
             await response.write(reader.keep_alive)
-        await _write(request, response, reader, timing)
+        push = _pusher(request, writer) if writer else takes_nothing
+        await _write(request, response, reader, timing, push)
     except ConnectionResetError as error:
         exchange.left = True
         exchange.error = type(error).__name__
@@ -166,9 +168,8 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
     return response
 
 
-async def _write(request: web.Request, response: web.StreamResponse, reader: Reader, timing: Timing) -> None:
+async def _write(request: web.Request, response: web.StreamResponse, reader: Reader, timing: Timing, push: Push) -> None:
     """The one loop that writes streams: what the reader has, comments while it has nothing, then the end."""
-    push = partial(_push, request, response)
     while True:
         data = await reader.next(timing.keepalive_s, push)
         if reader.at_end:
@@ -188,20 +189,22 @@ async def _write_data(request: web.Request, response: web.StreamResponse, data: 
         await _patiently(request, response.write(data), timing)
 
 
-def _push(request: web.Request, response: web.StreamResponse, data: bytes) -> bool:
-    """Writes at once, for whoever has no task that could wait, if all before it has left; whether it did."""
+def _pusher(request: web.Request, writer: AbstractStreamWriter) -> Push:
+    """Writes past aiohttp, for whoever has no task that could wait: so a frame of a crowd of paced streams costs half."""
     transport = request.transport
-    if transport is None or len(data) >= _SMALL_BYTES or transport.get_write_buffer_size():
-        return False
-    write = response.write(data)
-    try:
-        write.send(None)
-    except StopIteration:
+    if transport is None or not isinstance(writer, StreamWriter):
+        return takes_nothing
+    chunked, full, closing, send = writer.chunked, transport.get_write_buffer_size, transport.is_closing, transport.write
+
+    def push(data: bytes) -> bool:
+        if len(data) >= _SMALL_BYTES or full() or closing():
+            return False  # whoever waits for the stream writes it, and waits, or learns that its caller is gone
+        sent = b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
+        send(sent)
+        writer.output_size += len(sent)
         return True
-    except ConnectionResetError:
-        return False  # whoever waits for the stream learns it when it writes
-    write.close()  # it is written, and would only wait until there is room for more
-    return True
+
+    return push
 
 
 async def _patiently(request: web.Request, write: Awaitable[None], timing: Timing) -> None:
