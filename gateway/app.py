@@ -14,6 +14,7 @@ from gateway.config import Config, LangChainUpstreamConfig, Loaded, OpenAIUpstre
 from gateway.core.apis import APIS
 from gateway.eraser import Eraser
 from gateway.errors import StoreUnavailable
+from gateway.faults import Faults
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
 from gateway.http.relay import Relay
@@ -134,7 +135,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             clock=clock,
         )
         admin.add_routes(app, about, lambda: adjustable.admin_key)
-    _add_routes(app, config, store, router)
+    _add_routes(app, config, store, router, Faults(questions, rules))
     app.router.add_get("/readyz", small.readiness(store, running))
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
@@ -162,6 +163,8 @@ def _cache_rules(config: Config) -> CacheRules:
         sample_order=cache.sample_order,
         sample_seed=cache.sample_seed,
         mode=cache.mode,
+        faults_allowed=config.faults.allowed,
+        fault_seed=config.faults.seed,
     )
 
 
@@ -176,14 +179,14 @@ def _flight_rules(config: Config) -> Rules:
     )
 
 
-def _add_routes(app: web.Application, config: Config, store: Store, router: Router) -> None:
+def _add_routes(app: web.Application, config: Config, store: Store, router: Router, faults: Faults) -> None:
     server = config.server
     timing = completions.Timing(
         server.head_after_s, server.keepalive_s, server.write_timeout_s, config.redis.lookup_timeout_s
     )
     own: dict[str, list[str]] = {}
     for api in APIS.values():
-        handler = completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
+        handler = completions.handler(api, app[SERVICE], timing, faults, event_ids=config.flights.event_ids)
         own[api.path] = list(completions.METHODS)
         for method in completions.METHODS:
             app.router.add_route(method, f"/v1/{api.path}", handler)

@@ -16,6 +16,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from gateway.core.faults import Fault, FaultKind, total_rate
 from gateway.core.key import MAX_SAMPLES
 from gateway.core.pacing import Pace, PaceKind
 from gateway.core.policy import ModelRules, RuleBook
@@ -24,6 +25,8 @@ from gateway.errors import ConfigError
 WhenAbandoned = Literal["finish", "cancel", "finish_if_cacheable"]
 DEFAULT_PATH = Path("config.toml")
 PREFIX = "GATEWAY_"
+_ALL = 1 + 1e-9
+"""Shares that are added up."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -200,6 +203,11 @@ class ReplayConfig(_Section):
         return Pace(kind=self.pace, **{name: value for name, value in self if name in names})
 
 
+class FaultsConfig(_Section):
+    allowed: bool = False
+    seed: int = 0
+
+
 class FlightsConfig(_Section):
     lease_s: Annotated[float, Field(ge=0.1, le=3600)] = 5.0
     when_abandoned: WhenAbandoned = "finish_if_cacheable"
@@ -247,6 +255,26 @@ class AdminConfig(_Section):
         return self.enabled and bool(self.key_name)
 
 
+class FaultConfig(_Section):
+    """A fault, and the share of answers that it befalls."""
+
+    kind: FaultKind
+    rate: Share = 1.0
+    status: Annotated[int, Field(ge=400, le=599)] = 503
+    retry_after_s: CountOrZero | None = None
+    seconds: SecondsOrZero = 30.0
+    after: CountOrZero | None = None
+
+    def as_fault(self) -> Fault:
+        return Fault(**dict(self))
+
+
+def _befall_not_too_many(faults: "tuple[FaultConfig, ...] | None") -> "tuple[FaultConfig, ...] | None":
+    if total_rate([fault.as_fault() for fault in faults or ()]) > _ALL:
+        raise ValueError("their rates come to more than 1")
+    return faults
+
+
 class ModelConfig(_Section):
     """What holds for some models; None: as in ``[cache]``."""
 
@@ -269,6 +297,12 @@ class ModelConfig(_Section):
     total_timeout_s: Seconds | None = None
     retries: CountOrZero | None = None
     fallbacks: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
+    faults: Annotated[tuple[FaultConfig, ...] | None, AfterValidator(_befall_not_too_many)] = None
+
+    def as_rules(self, *, faults_allowed: bool) -> dict[str, Any]:
+        """As `RuleBook` takes them."""
+        faults = tuple(fault.as_fault() for fault in self.faults or ()) if faults_allowed else ()
+        return {**dict(self), "faults": faults or None}
 
 
 class LogConfig(_Section):
@@ -376,6 +410,7 @@ class Config(_Section):
     retries: RetriesConfig = RetriesConfig()
     ejection: EjectionConfig = EjectionConfig()
     replay: ReplayConfig = ReplayConfig()
+    faults: FaultsConfig = FaultsConfig()
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
     models: tuple[ModelConfig, ...] = ()
@@ -392,7 +427,7 @@ class Config(_Section):
         cached = {name: value for name, value in self.cache if name in names}
         enabled = self.cache.mode != "off"
         default = ModelRules(**cached, enabled=enabled, retries=self.retries.max_retries)
-        models = [(model.names, dict(model)) for model in self.models]
+        models = [(model.names, model.as_rules(faults_allowed=self.faults.allowed)) for model in self.models]
         if not enabled:
             models = [(names, {**rules, "enabled": False}) for names, rules in models]
         return RuleBook(default, models)

@@ -10,6 +10,7 @@ import orjson
 from gateway.core.apis import APIS, Api, RequestProblem
 from gateway.core.apis.base import IGNORED
 from gateway.core.controls import NO_CONTROLS, Controls
+from gateway.core.faults import FaultWish
 from gateway.core.key import CacheKey, cache_key, canonical_text, sample_key, tenant_of
 from gateway.core.pacing import NO_WISH, Pace, Wish
 from gateway.core.policy import Directives, ModelRules, RuleBook
@@ -67,6 +68,8 @@ class CacheRules:
     sample_order: Literal["turn", "random"] = "turn"
     sample_seed: int = 0
     mode: Mode = "cache"
+    faults_allowed: bool = False
+    fault_seed: int = 0
 
     def become(self, other: "CacheRules") -> None:
         """From now on says what the other one says."""
@@ -87,6 +90,8 @@ class Request(NamedTuple):
     """Whether each event of a stream is to say from where to resume after it."""
     pace: Wish = NO_WISH
     """What the caller says of how a replay is timed."""
+    faults: FaultWish | None = None
+    """What is to go wrong; None: what the configuration says."""
 
     @property
     def directives(self) -> Directives:

@@ -13,6 +13,7 @@ _FREE_KEYS = {"log": ("level",), "admin": ("key_env", "key_file")}
 _FIXED_KEYS = {
     "cache": ("key_secret_env", "compress_from_bytes", "sample_order", "sample_seed"),
     "replay": (),
+    "faults": (),
     "retries": (),
     "ejection": (),
 }

@@ -8,18 +8,20 @@ is to be run, what is not known is refused: a test that was not what it seemed h
 
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import http_sf
 
 from gateway.core.apis.base import RequestProblem
 from gateway.core.controls import MAX_NAME_CHARS, MAX_TAGS
+from gateway.core.faults import Fault, FaultKind, FaultWish, total_rate
 from gateway.core.pacing import NO_WISH, Wish
 
 TTL = "Gateway-Cache-TTL"
 NAMESPACE = "Gateway-Cache-Namespace"
 TAGS = "Gateway-Cache-Tags"
 REPLAY = "Gateway-Replay"
+FAULT = "Gateway-Fault"
 
 _A_TTL = "one Integer or Decimal of seconds, 0 or more"
 _A_NAMESPACE = f"one String or Token of 1 to {MAX_NAME_CHARS} characters"
@@ -58,9 +60,18 @@ Read = Callable[[Any], Any]
 
 def _number(least: float, most: float = 1e15) -> Read:
     def read(value: Any) -> float:
-        if type(value) not in (int, Decimal) or not least <= value <= most:  # by type, since a Boolean is an int too
+        if type(value) not in (int, Decimal) or not least <= float(value) <= most:  # by type: a Boolean is an int too
             raise ValueError(f"a number from {least:g} to {most:g}" if most < 1e15 else f"a number of at least {least:g}")
         return float(value)
+
+    return read
+
+
+def _whole(least: int, most: int = 10**15) -> Read:
+    def read(value: Any) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"an Integer from {least} to {most}")
+        return value
 
     return read
 
@@ -79,8 +90,9 @@ def _yes(value: Any) -> bool:
 
 _ABOVE_ZERO = 0.001
 _SECONDS = _number(0)
-# Of each member: what it is called in a `Pace`, how it is read, and the same of its parameters.
-_REPLAY: Mapping[str, tuple[str, Read, Mapping[str, tuple[str, Read]]]] = {
+Known = Mapping[str, tuple[str, Read, Mapping[str, tuple[str, Read]]]]
+"""The members of a Dictionary: what each is called here, how it is read, and the same of its parameters."""
+_REPLAY: Known = {
     "instant": ("instant", _yes, {}),
     "recorded": ("recorded", _yes, {"speed": ("speed", _number(_ABOVE_ZERO))}),
     "rate": ("tokens_per_s", _number(_ABOVE_ZERO), {}),
@@ -92,27 +104,60 @@ _REPLAY: Mapping[str, tuple[str, Read, Mapping[str, tuple[str, Read]]]] = {
     "seed": ("seed", _integer, {}),
 }
 _KINDS = ("instant", "recorded", "rate", "itl")
+_RATE = ("rate", _number(0, 1))
+_AFTER = ("after", _whole(0))
+_FAULTS: Known = {
+    "status": ("status", _whole(400, 599), {"retry_after": ("retry_after_s", _whole(0)), "rate": _RATE}),
+    "slow": ("seconds", _SECONDS, {"rate": _RATE}),
+    "stall": ("seconds", _SECONDS, {"after": _AFTER, "rate": _RATE}),
+    "cut": ("", _yes, {"after": _AFTER, "rate": _RATE}),
+    "malformed": ("", _yes, {"after": _AFTER, "rate": _RATE}),
+    "error": ("", _yes, {"after": _AFTER, "rate": _RATE}),
+    "seed": ("seed", _integer, {}),
+}
 
 
 def replay(values: Sequence[str]) -> Wish:
     """How a replay is to be timed, from the field lines. Raises `RequestProblem`."""
     if not values:
         return NO_WISH
-    said = _parsed(REPLAY, values, "dictionary", "a Dictionary")
     wish: dict[str, Any] = {}
-    for name, (value, parameters) in said.items():
-        if name not in _REPLAY:
-            raise _problem(REPLAY, f"no member {name!r}, but {', '.join(_REPLAY)}")
-        member, read, known = _REPLAY[name]
-        wish[member] = _read(REPLAY, name, value, read)
-        wish |= {own: 0.0 for own, _ in known.values() if own.endswith("_sd_s")}  # what is not said does not vary
-        for parameter, given in parameters.items():
-            if parameter not in known:
-                raise _problem(REPLAY, f"no parameter {parameter!r} of {name!r}")
-            wish[known[parameter][0]] = _read(REPLAY, f"{name};{parameter}", given, known[parameter][1])
-    if "seed" in said:
+    members = _members(REPLAY, values, _REPLAY)
+    for name, said in members.items():
+        # What does not say how it varies does not.
+        wish |= {own: 0.0 for own, _ in _REPLAY[name][2].values() if own.endswith("_sd_s")} | said
+    if "seed" in members:
         wish["turns"] = False
-    return _with_kind(said, wish)
+    return _with_kind(members, wish)
+
+
+def faults(values: Sequence[str]) -> FaultWish | None:
+    """What is to go wrong, from the field lines: one of these, each with its rate. Raises `RequestProblem`."""
+    if not values:
+        return None
+    members = _members(FAULT, values, _FAULTS)
+    seed = members.pop("seed", {}).get("seed")
+    kinds = [(name, {own: value for own, value in said.items() if own}) for name, said in members.items()]
+    found = tuple(Fault(kind=cast("FaultKind", name), **said) for name, said in kinds)
+    if len(found) > 1 and total_rate(found) > 1:
+        raise _problem(FAULT, "rates that come to no more than 1")
+    return FaultWish(found, seed)
+
+
+def _members(field: str, values: Sequence[str], known: Known) -> dict[str, dict[str, Any]]:
+    """Of each member its own value and those of its parameters, by what they are called here."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (value, parameters) in _parsed(field, values, "dictionary", "a Dictionary").items():
+        if name not in known:
+            raise _problem(field, f"no member {name!r}, but some of {', '.join(known)}")
+        own, read, its = known[name]
+        found[name] = {own: _read(field, name, value, read)}
+        for parameter, given in parameters.items():
+            if parameter not in its:
+                raise _problem(field, f"no parameter {parameter!r} of {name!r}")
+            own, read = its[parameter]
+            found[name][own] = _read(field, f"{name};{parameter}", given, read)
+    return found
 
 
 def _with_kind(said: Mapping[str, Any], wish: dict[str, Any]) -> Wish:
