@@ -431,7 +431,7 @@ class RecordingReader(_Ending):
         at_us = marks.at_us if marks else ()
         if not self._pace.counts_tokens:
             return self._pace.schedule(at_us, self._draw)
-        speaking = [bool(frame) and speaks(parse_chunk(payload_of(frame))) for frame in frames]
+        speaking = _speaking(frames)
         tokens, spoken = tokens_said(self.recording.meta.usage), sum(speaking)
         return self._pace.schedule(at_us, self._draw, speaking, tokens / spoken if tokens and spoken else 1.0)
 
@@ -484,6 +484,19 @@ class RecordingReader(_Ending):
     def _settle(self, data: bytes | None) -> None:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(data)
+
+
+def _speaking(frames: Sequence[bytes]) -> list[bool]:
+    """Which frames say something. Those between two that do are taken for tokens: a model needed time for them, too, and
+    to read all of a long recording would make others late.
+    """
+
+    def says(place: int) -> bool:
+        return bool(frames[place]) and speaks(parse_chunk(payload_of(frames[place])))
+
+    first = next(filter(says, range(len(frames))), len(frames))
+    last = next(filter(says, reversed(range(first, len(frames)))), first)
+    return [first <= place <= last for place in range(len(frames))]
 
 
 class StandIn:

@@ -370,6 +370,18 @@ async def test_a_paced_replay_gives_each_frame_when_it_is_due_and_all_that_are_d
     assert await reader.next(IDLE_S) == b""
 
 
+async def test_the_schedule_counts_from_when_the_request_came_however_long_the_store_takes(replay):
+    bench, _ = replay
+    before, bench.store.gate = bench.store.lookups, asyncio.Event()
+    bench.flights._by_key.clear()  # which knows the answer for a moment after its end
+    opening = asyncio.ensure_future(bench.open())
+    while bench.store.lookups == before:
+        await asyncio.sleep(0)
+    bench.clock.time_s += 2
+    bench.store.gate.set()
+    assert (await (await opening).reader.next(IDLE_S)).count(b"data: ") == 2
+
+
 async def test_what_falls_due_is_pushed_as_long_as_that_is_taken_and_the_last_of_it_is_given(replay):
     bench, reader = replay
     pushed, takes = [], [True, False]

@@ -1,6 +1,7 @@
 """The modes: cache, record, replay, off. In replay mode nothing can ask a model, because there is nothing that could."""
 
 import asyncio
+import os
 import sys
 from urllib.error import HTTPError
 
@@ -22,11 +23,15 @@ HIT, MISS = "gateway; hit", "gateway; fwd=miss"
 @pytest.fixture
 async def start_in_turn(start_gateway):
     """Starts one gateway after the other over the same store: what one records the next one replays."""
-    shared = {"prefix": f"m{id(start_gateway):x}"}
+    shared, started = {"prefix": f"m{os.urandom(6).hex()}"}, []
 
     async def start(mode, environ=None, **sections):
+        for gateway in started:
+            if not sections.get("flights"):  # else what it asks for goes on
+                await gateway.landed()
         cache = {"mode": mode, **sections.pop("cache", {})}
-        return await start_gateway(environ, redis=shared, cache=cache, **sections)
+        started.append(await start_gateway(environ, redis=shared, cache=cache, **sections))
+        return started[-1]
 
     return start
 
@@ -332,6 +337,22 @@ def test_the_mode_can_be_given_to_the_command(tmp_path, workers):
         with pytest.raises(HTTPError, match="504"):
             gateway.chat()
         assert gateway.end() == 0
+
+
+async def test_a_configuration_is_checked_for_a_mode(tmp_path):
+    (tmp_path / "config.toml").write_text(EVERY_KIND.replace('mode = "replay"', ""))
+    found = {}
+    for mode in ("replay", "record"):
+        process = await asyncio.create_subprocess_exec(
+            *PROGRAM, "check", "--mode", mode, cwd=tmp_path, env=ENVIRON,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, errors = await process.communicate()
+        found[mode] = process.returncode, out.decode(), errors.decode()
+    assert found["replay"][0] == 0, found
+    assert "replay mode: no model is asked" in found["replay"][1]
+    assert found["record"][0] == 2
+    assert "NOT_SET is not set" in found["record"][2]
 
 
 async def test_a_mode_that_is_none_is_a_wrong_command_line(tmp_path):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from scripted import chunk
+from yarl import URL
 
 WORDS = [f" w{number}" for number in range(12)]
 
@@ -61,6 +62,39 @@ async def test_each_frame_of_a_crowd_of_streams_comes_in_its_order_and_not_befor
 
     await asyncio.gather(*(read(rate) for rate in (20, 50, 51, 100, 200) * 8))
     assert gateway.service.pacer._heap == []
+
+
+async def test_an_old_client_gets_the_same_frames_without_chunks(gateway):
+    expected = (await gateway.chat(stream=True)).events
+    body = json.dumps({"model": "model-1", "messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", URL(gateway.origin).port)
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.0\r\nGateway-Replay: rate=500\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
+    head, _, told = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert b"transfer-encoding" not in head.lower()
+    told_events = [block.removeprefix("data: ") for block in told.decode().split("\n\n")[:-1]]
+    assert [anonymous(event) for event in told_events] == [anonymous(event) for event in expected]
+
+
+def anonymous(event):
+    return event if event == "[DONE]" else json.loads(event) | {"id": "", "created": 0}
+
+
+async def test_what_is_sent_is_counted_however_it_is_sent(start_gateway, upstream, capsys):
+    upstream.script = says_words
+    gateway = await start_gateway(log={"access": True})
+    for text in ("instant", "instant", "rate=1000"):
+        await gateway.chat(stream=True, headers=paced(text))
+        await gateway.landed()
+    async with asyncio.timeout(10):
+        lines = []
+        while len(lines) < 3:
+            await asyncio.sleep(0.01)
+            lines += [line for line in capsys.readouterr().err.splitlines() if "/chat/completions" in line]
+    _, at_once, in_turn = [int(next(word for word in line.split() if word.endswith("B"))[:-1]) for line in lines]
+    assert in_turn > at_once  # by the chunks' heads
 
 
 async def test_what_is_instant_is_sent_in_one_piece_whatever_is_configured(start_gateway, upstream):
