@@ -64,7 +64,7 @@ class FaultyReader:
         self._fault = fault
         self._left = fault.after or 0
         """How many events there are until it comes."""
-        self._reached = False
+        self._reached = not self._left
         self._happened = not fault.is_midway
         self._is_mangling = False
         self._rest = b""

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 
 import aiohttp
 import openai
@@ -135,6 +136,19 @@ async def test_a_fault_beyond_the_end_comes_at_the_end(gateway, text):
         got = (await gateway.chat("hit", stream=True, headers=fault(text))).body
     assert got.count(b"data: ") == {"cut": 4, "malformed": 6, "error": 5}[text.partition(";")[0]]
     assert (b"[DONE]" in got) is text.startswith("malformed")
+
+
+async def test_a_fault_before_the_first_frame_does_not_wait_for_it(gateway, upstream):
+    async def script(asked):
+        await asked.head()
+        await asked.gate("never")
+
+    upstream.script = script
+    for text in ("cut;after=0", "error;after=0"):
+        async with gateway.opened(text, stream=True, headers={**fault(text), "Cache-Control": "no-store"}) as response:
+            assert response.status == 200
+            with suppress(aiohttp.ClientPayloadError):
+                assert b"injected_fault" in await response.read()
 
 
 @pytest.mark.parametrize("streamed", [True, False])
