@@ -16,16 +16,18 @@ Measure = Callable[[float], Measured]
 
 
 def pace(stage: Stage, extent: Extent, say: Say) -> list[Figures]:
-    """One entry a round. Raises `BenchFailed`."""
-    measurements = []
-    for number in range(extent.rounds):
-        say(f"paced replays, round {number + 1} of {extent.rounds}")
-        with stage.gateway() as gateway, stage.bare_upstream() as bare:
-            servers = {"gateway": _measure(stage, extent, gateway), "bare": _measure(stage, extent, bare, hits=False)}
-            found = {name: measure(extent.pace_rate) for name, measure in servers.items()}
-            for name, measure in servers.items():
-                found[name]["limit_frames_per_s"] = _limit(measure, extent, found[name], say)
-        measurements.append({"pace": found})
+    """One entry a round, and one for the rates at which they fall behind. Raises `BenchFailed`."""
+    measurements: list[Figures] = []
+    with stage.gateway() as gateway, stage.bare_upstream() as bare:
+        servers = {"gateway": _measure(stage, extent, gateway), "bare": _measure(stage, extent, bare, hits=False)}
+        for number in range(extent.rounds):
+            say(f"paced replays, round {number + 1} of {extent.rounds}")
+            measurements.append({"pace": {name: measure(extent.pace_rate) for name, measure in servers.items()}})
+        limits: dict[str, Measured] = {}
+        for name, measure in servers.items():
+            say(f"{name}: the rate at which it falls behind")
+            limits[name] = {"frames_per_s": _limit(measure, extent, say)}
+        measurements.append({"pace_limit": limits})
     stage.empty_store()
     return measurements
 
@@ -53,12 +55,11 @@ def _measure(stage: Stage, extent: Extent, server: Server, *, hits: bool = True)
     return measure
 
 
-def _limit(measure: Measure, extent: Extent, measured: Measured, say: Say) -> float:
+def _limit(measure: Measure, extent: Extent, say: Say) -> float:
     """The rate of all frames together at which too many are too late: between two that were measured."""
     good, rate, bad = 0.0, extent.pace_rate, math.inf
-    for step in range(extent.pace_steps):
-        measured = measure(rate) if step else measured
-        late_ms = measured["late_p99_ms"] or 0.0
+    for _ in range(extent.pace_steps):
+        late_ms = measure(rate)["late_p99_ms"] or 0.0
         say(f"  {extent.pace_streams * rate:,.0f} frames/s: {late_ms:.1f} ms late")
         good, bad = (good, rate) if late_ms > LATE_MS else (rate, bad)
         rate = 2 * good if math.isinf(bad) else (good + bad) / 2
