@@ -1,7 +1,8 @@
 """Readers of paced replays: a process of its own, which runs one `Plan`, given as JSON, and prints what it measured.
 
 A frame is late by how much later it comes than the schedule says, counted from the moment at which its request was
-sent: the way there, and the lookup, count too. Any answer that is not as the plan expects ends the run, with a word on
+sent: the way there, and the lookup, count too. ``own_late`` counts from the most punctual frame of its stream, so how late
+the whole stream began is left out. Any answer that is not as the plan expects ends the run, with a word on
 standard error and exit code 1.
 """
 
@@ -111,11 +112,14 @@ def _measured(plan: Plan, readers: list[Reader]) -> dict[str, float]:
     gap_s = 1 / plan.rate
     from_s = max(reader.sent_s for reader in readers) + gap_s
     late_ms: list[float] = []
+    own_ms: list[float] = []
     gap_errors: list[float] = []
     for reader in readers:
         due = [(reader.sent_s + (place + 1) * gap_s, at_s) for place, at_s in enumerate(reader.tokens(plan))]
         seen = [(due_s, at_s) for due_s, at_s in due if from_s <= due_s <= from_s + plan.seconds]
-        late_ms += [(at_s - due_s) * 1000 for due_s, at_s in seen]
+        late = [(at_s - due_s) * 1000 for due_s, at_s in seen]
+        late_ms += late
+        own_ms += [each - min(late) for each in late]
         gap_errors += [abs(later - earlier - gap_s) / gap_s for (_, earlier), (_, later) in pairwise(seen)]
     if not gap_errors:
         raise WrongAnswer("no frame was due while all streams were running")
@@ -125,6 +129,7 @@ def _measured(plan: Plan, readers: list[Reader]) -> dict[str, float]:
         "late_p50_ms": percentile(late_ms, 50),
         "late_p99_ms": percentile(late_ms, 99),
         "late_max_ms": max(late_ms),
+        "own_late_p99_ms": percentile(own_ms, 99),
         "early_max_ms": -min(late_ms),
         "gap_error_p50_percent": median(gap_errors) * 100,
         "gap_error_p99_percent": percentile(gap_errors, 99) * 100,

@@ -75,6 +75,7 @@ ROWS = (
         "late_p50_ms",
     ),
     Row("the same, p99, ms", "pace", "late_p99_ms", mark=Mark(f"≤ {LATE_MS:g} ms", lambda value, _: value <= LATE_MS)),
+    Row("the same, beside its stream's most punctual frame", "pace", "own_late_p99_ms"),
     Row("error of a gap, p50, %", "pace", "gap_error_p50_percent", mark=Mark("≤ 5 %", lambda value, _: value <= 5)),
     Row("CPU of a paced frame, µs", "pace", "cpu_us_a_frame"),
     Row(f"frames/s at which p99 is {LATE_MS:g} ms late", "pace_limit", "frames_per_s"),
