@@ -460,6 +460,11 @@ class RecordingReader(_Ending):
             self._cursor += 1
         return frames[start] if self._cursor == start + 1 else b"".join(frames[start : self._cursor])
 
+    @property
+    def last_due_s(self) -> float:
+        """When the last frame was due that was given or pushed, by the pacer's clock."""
+        return self.began_s + self._schedule[self._cursor - 1]
+
     def _next_due_s(self) -> float:
         return self.began_s + self._schedule[self._cursor]
 

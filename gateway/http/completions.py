@@ -190,7 +190,7 @@ async def write_stream(
         writer = await response.prepare(request)
         if head is None:
             await response.write(reader.keep_alive)
-        push = _pusher(request, writer) if writer else takes_nothing
+        push = pusher(request, writer) if writer else takes_nothing
         await _write(request, response, reader, timing, push)
     except CutOff:
         _break(request, exchange)
@@ -226,7 +226,7 @@ async def _write_data(request: web.Request, response: web.StreamResponse, data: 
         await _patiently(request, response.write(data), timing)
 
 
-def _pusher(request: web.Request, writer: AbstractStreamWriter) -> Push:
+def pusher(request: web.Request, writer: AbstractStreamWriter) -> Push:
     """Writes past aiohttp, for whoever has no task that could wait: so a frame of a crowd of paced streams costs half."""
     transport = request.transport
     if transport is None or not isinstance(writer, StreamWriter):

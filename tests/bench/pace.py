@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import paced_alone
 from figures import Extent, Figures, Say
 from load import Plan as Fill
 from paced import PROMPTS, Plan
@@ -29,7 +30,18 @@ def pace(stage: Stage, extent: Extent, say: Say) -> list[Figures]:
             limits[name] = {"frames_per_s": _limit(measure, extent, say)}
         measurements.append({"pace_limit": limits})
     stage.empty_store()
-    return measurements
+    return [*measurements, _alone(stage, extent, say)]
+
+
+def _alone(stage: Stage, extent: Extent, say: Say) -> Figures:
+    """The same, by the processor time of what paces."""
+    say("by processor time: the rate at which the gateway falls behind")
+
+    def measure(rate: float) -> Measured:
+        return stage.paced_alone(paced_alone.Plan(extent.pace_streams, rate, extent.pace_seconds))
+
+    at_rate = measure(extent.pace_rate)
+    return {"pace_alone": {"gateway": {**at_rate, "limit_frames_per_s": _limit(measure, extent, say)}}}
 
 
 def _measure(stage: Stage, extent: Extent, server: Server, *, hits: bool = True) -> Measure:

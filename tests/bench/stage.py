@@ -10,6 +10,7 @@ from pathlib import Path
 
 import orjson
 import paced
+import paced_alone
 import readers
 import redis
 from load import IDENTITY, PROMPTS, Plan, body
@@ -107,6 +108,13 @@ class Stage:
         if cpu_s is not None and cpu_after_s is not None and frames:
             measured["cpu_us_a_frame"] = (cpu_after_s - cpu_s) * 1e6 / frames
         return measured
+
+    def paced_alone(self, plan: paced_alone.Plan) -> Measured:
+        """Paced frames without a server. Raises `BenchFailed`."""
+        with child(
+            script("paced_alone.py", orjson.dumps(asdict(plan)).decode()), self._cores.server, subprocess.PIPE
+        ) as run:
+            return finish(run, self.upstream)
 
     def check_hits(self, target: Server, *, streamed: bool, tokens: int) -> int:
         """Asks for each prompt once: all must be hits that say what the upstream says. Returns their length in bytes."""
