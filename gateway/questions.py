@@ -258,6 +258,7 @@ class Questions:
             tags=request.controls.tags,
             sample_of=question.sample_of,
             why_not=why_not,
+            tenant=self.tenant(request),
             background=background,
             newer_than_us=newer_than_us,
             noted=partial(_noted, question, why_not),
@@ -271,6 +272,10 @@ class Questions:
         if upstream is None:
             return None
         return Plan(self.call(request, route), upstream, None, joinable=False, ttl_s=0.0, rules=rules)
+
+    def tenant(self, request: Request) -> str:
+        """Whose it is for ``[limits]``: whatever callers share, each has limits of its own."""
+        return self._tenants.owner(request.headers, shared=False)
 
     @staticmethod
     def ttl_s(question: Question) -> float:

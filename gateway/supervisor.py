@@ -11,8 +11,9 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from itertools import count
-from typing import Self
+from typing import Any, Self
 
 from gateway.channel import Channel, Message
 from gateway.config import Loaded
@@ -30,6 +31,8 @@ _STEADY_S = 10.0
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 15.0
 _ANSWER_WITHIN_S = 30.0
+_LOOKS = 10
+_MEASURED_WITHIN_S = 1.0
 # How much longer than the grace workers may take to end.
 _LAST_WORDS_S = 8.0
 
@@ -49,6 +52,9 @@ async def supervise(source: Source, loaded: Loaded, say: Callable[[str], None]) 
         sockets = bind(config.server.host, config.server.port)
         for sock in sockets:
             stack.callback(sock.close)
+        admin_sockets = bind(*config.admin.address) if config.admin.address else []
+        for sock in admin_sockets:
+            stack.callback(sock.close)
         url = store = ""
         if config.redis.url == "embedded":
             try:
@@ -58,12 +64,16 @@ async def supervise(source: Source, loaded: Loaded, say: Callable[[str], None]) 
                 log.warning("%s. Workers would have no cache to share, so only one serves.", error)
                 return None
             url, store = server.url, f"embedded Valkey ({server.described})"
-        return await Supervisor(source, loaded, sockets, (url, store), stop, say).run()
+        return await Supervisor(source, loaded, (sockets, admin_sockets), (url, store), stop, say).run()
 
 
 def pause_s(failures: int) -> float:
     """How long to wait before another worker is started, after so many in a row that did not live long."""
     return min(_FIRST_PAUSE_S * 2 ** (failures - 2), _LONGEST_PAUSE_S) if failures > 1 else 0.0
+
+
+Listening = tuple[list[socket.socket], list[socket.socket]]
+"""For callers, and for operators."""
 
 
 class Worker:
@@ -75,32 +85,49 @@ class Worker:
         """The configuration that it has."""
         self.serves = asyncio.Event()
         self.announced = ""
+        self._heard = 0
+        self.on_asked: Callable[[int], object] = lambda _: None
+        """Called where it wants to know what all workers measure, with the number of the question."""
         self._channel = channel
         self._numbers = count()
-        self._answers: dict[int, asyncio.Future[list[str] | None]] = {}
+        self._answers: dict[int, asyncio.Future[Message | None]] = {}
         self._hearing = asyncio.create_task(self._hear())
 
     @classmethod
-    async def start(cls, loaded: Loaded, listening: list[socket.socket], url: str, store: str) -> Self:
+    async def start(cls, loaded: Loaded, listening: Listening, url: str, store: str) -> Self:
         """The same command again, with the same interpreter, environment and flags, and one flag more."""
         ours, theirs = socket.socketpair()
         with theirs:
-            descriptors = [sock.fileno() for sock in listening]
+            descriptors, admin_descriptors = ([sock.fileno() for sock in each] for each in listening)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *sys.orig_argv[1:],
                 "--worker",
                 str(theirs.fileno()),
-                pass_fds=(theirs.fileno(), *descriptors),
+                pass_fds=(theirs.fileno(), *descriptors, *admin_descriptors),
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the supervisor, which then ends its workers
             )
         worker = cls(process, await Channel.over(ours), loaded)
-        worker.send({"listening": descriptors, "url": url, "store": store, "text": loaded.text})
+        told = {"listening": descriptors, "admin_listening": admin_descriptors}
+        worker.send({**told, "url": url, "store": store, "text": loaded.text})
         return worker
 
     def send(self, message: Message) -> None:
         self._channel.send(message)
+
+    async def hangs(self, timeout_s: float) -> None:
+        """Returns when it has said nothing for so long, although it was asked.
+
+        Silence is counted in looks: where all processes were stopped for a while, as in a paused container, that is one.
+        """
+        await self.serves.wait()
+        silent = 0
+        while silent < _LOOKS:
+            heard = self._heard
+            self.send({"ping": heard})
+            await asyncio.sleep(timeout_s / _LOOKS)
+            silent = 0 if self._heard != heard else silent + 1
 
     async def ended(self) -> int:
         """Returns its exit code, once it has one."""
@@ -111,24 +138,40 @@ class Worker:
 
     async def take(self, loaded: Loaded) -> list[str] | None:
         """Has it take another configuration, and tells what is wrong with that; None where it is gone, or hangs."""
+        # One that has yet to start reads it when it has.
+        answer = await self._ask({"text": loaded.text}, _ANSWER_WITHIN_S)
+        return None if answer is None else answer["problems"]
+
+    async def snapshot(self) -> Any:
+        """What it measures; None where it is gone, hangs, or has yet to start."""
+        answer = await self._ask({"measure": True}, _MEASURED_WITHIN_S) if self.serves.is_set() else None
+        return None if answer is None else answer["snapshot"]
+
+    async def _ask(self, message: Message, within_s: float) -> Message | None:
         number = next(self._numbers)
-        answer: asyncio.Future[list[str] | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
         self._answers[number] = answer
-        self.send({"text": loaded.text, "number": number})  # one that has yet to start reads it when it has
+        self.send({**message, "number": number})
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWER_WITHIN_S):
+            async with asyncio.timeout(within_s):
                 return await answer
         return None
 
     async def _hear(self) -> None:
         while (message := await self._channel.receive()) is not None:
+            self._heard += 1
             if "serves" in message:
                 self.announced = message["serves"]
                 self.serves.set()
+            elif "pong" in message:
+                pass
+            elif "asked" in message:
+                self.on_asked(message["asked"])
             elif (answer := self._answers.pop(message["number"], None)) and not answer.done():
-                answer.set_result(message["problems"])
+                answer.set_result(message)
         for answer in self._answers.values():
-            answer.set_result(None)
+            if not answer.done():
+                answer.set_result(None)
 
 
 class Supervisor:
@@ -138,7 +181,7 @@ class Supervisor:
         self,
         source: Source,
         loaded: Loaded,
-        sockets: list[socket.socket],
+        sockets: Listening,
         store: tuple[str, str],
         stop: Stop,
         say: Callable[[str], None],
@@ -151,6 +194,8 @@ class Supervisor:
         self._say = say
         self._workers: dict[int, Worker] = {}
         """By their places."""
+        self._restarts: dict[int, int] = {}
+        self._asked: set[asyncio.Task[None]] = set()
         self._up = False
         """Whether all have served at a time: who does not after that is worth another try."""
         self._code = 0
@@ -184,6 +229,7 @@ class Supervisor:
 
     async def _hire(self, place: int) -> Worker:
         worker = self._workers[place] = await Worker.start(self._loaded, self._sockets, *self._store)
+        worker.on_asked = partial(self._tell_all, worker)
         if self._stop.is_asked:
             worker.send({"stop": "now"})
         return worker
@@ -194,7 +240,7 @@ class Supervisor:
         failures = 0
         while True:
             began_s = loop.time()
-            code = await worker.ended()
+            code = await self._ended(worker)
             if self._stop.is_asked:
                 return
             if not (self._up or worker.serves.is_set()):
@@ -207,11 +253,28 @@ class Supervisor:
                 async with asyncio.timeout(pause_s(failures)):
                     await self._stop.asked()
                     return
+            self._restarts[place] = self._restarts.get(place, 0) + 1
             worker = await self._hire(place)
+
+    async def _ended(self, worker: Worker) -> int:
+        """Returns its exit code, once it has ended, by itself or because it hangs."""
+        timeout_s = self._loaded.config.server.worker_timeout_s
+        watching = asyncio.create_task(self._kill_if_it_hangs(worker, timeout_s)) if timeout_s else None
+        try:
+            return await worker.ended()
+        finally:
+            if watching:
+                watching.cancel()
+
+    async def _kill_if_it_hangs(self, worker: Worker, timeout_s: float) -> None:
+        await worker.hangs(timeout_s)
+        if worker.process.returncode is None:
+            log.warning("worker %d has not answered for %g s: it is killed", worker.process.pid, timeout_s)
+            worker.process.kill()
 
     async def _end(self, keepers: list["asyncio.Task[None]"]) -> None:
         """Passes on that it is time, and waits until all workers have ended."""
-        for sock in self._sockets:
+        for sock in (*self._sockets[0], *self._sockets[1]):
             sock.close()  # the workers have it still: it is theirs to take what waits there
         self._tell({"stop": "now" if self._stop.is_urgent else "please"})
         hurrying = asyncio.create_task(self._hurry())
@@ -232,6 +295,19 @@ class Supervisor:
     def _tell(self, message: Message) -> None:
         for worker in self._workers.values():
             worker.send(message)
+
+    def _tell_all(self, worker: Worker, number: int) -> None:
+        """What all workers measure, to one of them."""
+        self._asked.add(task := asyncio.create_task(self._measure(worker, number)))
+        task.add_done_callback(self._asked.discard)
+
+    async def _measure(self, asker: Worker, number: int) -> None:
+        workers = list(self._workers.items())
+        snapshots = await asyncio.gather(*(worker.snapshot() for _, worker in workers))
+        told = [
+            (place, self._restarts.get(place, 0), snapshot) for (place, _), snapshot in zip(workers, snapshots, strict=True)
+        ]
+        asker.send({"asked": number, "workers": told})
 
     # Configurations
 

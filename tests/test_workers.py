@@ -189,6 +189,19 @@ async def test_a_killed_worker_loses_nobodys_stream_but_its_own_and_those_go_on_
     assert victim not in served.workers
 
 
+async def test_a_worker_that_hangs_is_killed_and_replaced(start, session, upstream):
+    served = await start(server_worker_timeout_s="0.5")
+    upstream.script = says_hello
+    upstream.gate("second part").released.set()
+    hanging, other = served.workers
+    os.kill(hanging, signal.SIGSTOP)
+    assert f"worker {hanging} has not answered" in await hears(served, "has not answered")
+    await by_then(lambda: len(served.workers) == 2 and hanging not in served.workers)
+    assert other in served.workers
+    async with asks(session, served) as response:
+        assert response.status == 200
+
+
 async def test_a_connection_that_waits_is_not_lost_with_a_worker(start, session, upstream):
     served = await start()
     first, second = served.workers

@@ -1,8 +1,9 @@
 """Chat completions and completions: read the request, open the answer, write it. One write loop serves every stream."""
 
 import asyncio
-from collections.abc import Awaitable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ from gateway.core.controls import NO_CONTROLS, Controls, from_body
 from gateway.core.dialects.openai import END
 from gateway.core.faults import Fault
 from gateway.core.policy import Directives
-from gateway.errors import BodyTooLarge, InjectedFault, InvalidRequest, UnsupportedMediaType, UpstreamRefused
+from gateway.errors import InjectedFault, InvalidRequest, UnsupportedMediaType, UpstreamRefused
 from gateway.faults import CutOff, Faults, FaultyReader
-from gateway.http import fields
+from gateway.http import body, fields
 from gateway.http.edge import EXCHANGE, Exchange, Handler
+from gateway.http.writing import PIECE_BYTES, patiently, write_whole
 from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS, Request
 from gateway.reader import Push, Reader, takes_nothing
@@ -52,10 +54,6 @@ class Timing:
     """How long an answer that is given whole waits to be told whether it is stored."""
 
 
-class CallerTooSlow(ConnectionResetError):
-    """The caller has not taken what was written for too long."""
-
-
 def handler(api: Api, service: Service, timing: Timing, faults: Faults, *, event_ids: bool) -> Handler:
     """The handler of one API's path. ``event_ids``: what holds where a caller does not say."""
 
@@ -72,8 +70,7 @@ def handler(api: Api, service: Service, timing: Timing, faults: Faults, *, event
         try:
             if asked.streamed:
                 return await write_stream(request, opened, exchange, timing, fault)
-            response = await _whole(opened, exchange, timing, fault)
-            return await _cut_in_two(request, response, exchange) if fault and fault.kind == "cut" else response
+            return await _whole(request, opened, exchange, timing, fault)
         except UpstreamRefused as refusal:
             exchange.cache_status = opened.disposition._replace(status=refusal.status).cache_status()
             raise
@@ -84,18 +81,18 @@ def handler(api: Api, service: Service, timing: Timing, faults: Faults, *, event
 
 
 async def _read(request: web.Request, api: Api, *, event_ids: bool) -> Request:
-    body = await read_json(request)
-    if not isinstance(body, dict):
+    asked = await read_json(request)
+    if not isinstance(asked, dict):
         raise InvalidRequest("The request body must be a JSON object.")
     try:
-        controls = controls_of(request.headers, body)
+        controls = controls_of(request.headers, asked)
         pace = fields.replay(request.headers.getall(fields.REPLAY, ()))
         faults = fields.faults(request.headers.getall(fields.FAULT, ()))
     except RequestProblem as problem:
         raise InvalidRequest(str(problem), param=problem.param) from None
     if (wish := request.headers.get("Gateway-Event-Ids")) is not None:
         event_ids = _BOOLEANS.get(wish.strip(), event_ids)
-    return Request(api, body, request.headers, controls, event_ids, pace, faults)
+    return Request(api, asked, request.headers, controls, event_ids, pace, faults)
 
 
 def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Controls:
@@ -116,18 +113,17 @@ def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Control
 
 
 async def read_json(request: web.Request) -> Any:
-    """The parsed body. Raises `UnsupportedMediaType`, `BodyTooLarge` and `InvalidRequest`."""
+    """The parsed body. Raises `UnsupportedMediaType`, and what `body.read` and `InvalidRequest` do."""
     kind = request.headers.get("Content-Type")
     if kind is None and request.method == "QUERY":
         raise InvalidRequest("A QUERY must name the type of its content: application/json (RFC 10008 2).")
     if kind is not None and not is_json(kind):
         raise UnsupportedMediaType(f"The content type must be application/json, not {kind!r}.")
-    try:
-        text = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.") from None
-    except (web.RequestPayloadError, ValueError):
-        raise InvalidRequest("The request body could not be read to its end.") from None
+    return parse_json(await body.read(request))
+
+
+def parse_json(text: bytes) -> Any:
+    """Raises `InvalidRequest`."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -139,31 +135,42 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-async def _whole(opened: Opened, exchange: Exchange, timing: Timing, fault: Fault | None) -> web.Response:
-    body = await _reader(opened, fault).whole()
-    kept, why_not = await opened.reader.outcome(timing.stored_within_s)
+async def _whole(
+    request: web.Request, opened: Opened, exchange: Exchange, timing: Timing, fault: Fault | None
+) -> web.StreamResponse:
+    answer = await _reader(opened, fault).whole()
+    # Nobody waits twice for a store that does not answer.
+    within_s = 0.0 if opened.disposition.detail == "store-unavailable" else timing.stored_within_s
+    kept, why_not = await opened.reader.outcome(within_s)
     if kept or why_not:
         told = opened.disposition
         opened.disposition = told._replace(stored=bool(kept), detail=why_not or told.detail)
     headers = _headers(opened, exchange, await opened.reader.head(None), fault=fault)
     headers["Content-Type"] = "application/json"
-    return web.Response(body=body, headers=headers)
+    if fault and fault.kind == "cut":
+        return await _cut_in_two(request, answer, headers, exchange)
+    if len(answer) <= PIECE_BYTES:
+        return web.Response(body=answer, headers=headers)
+    response = web.StreamResponse(headers=headers)
+    with _leaving(request, exchange):
+        await write_whole(request, response, answer, timing.write_timeout_s)
+    return response
 
 
 def _reader(opened: Opened, fault: Fault | None) -> Reader | FaultyReader:
     return FaultyReader(opened.reader, fault) if fault else opened.reader
 
 
-async def _cut_in_two(request: web.Request, whole: web.Response, exchange: Exchange) -> web.StreamResponse:
+async def _cut_in_two(
+    request: web.Request, answer: bytes, headers: dict[str, str], exchange: Exchange
+) -> web.StreamResponse:
     """Half of an answer, and the end of the connection."""
-    body = whole.body if isinstance(whole.body, bytes) else b""
-    response = web.StreamResponse(headers={**whole.headers, "Content-Length": str(len(body))})
-    exchange.head_sent = True
-    with suppress(ConnectionResetError):
+    response = web.StreamResponse(headers={**headers, "Content-Length": str(len(answer))})
+    with _leaving(request, exchange):
         await response.prepare(request)
-        await response.write(body[: len(body) // 2])
+        await response.write(answer[: len(answer) // 2])
         await asyncio.sleep(0)  # by then it has left
-    _break(request, exchange)
+        raise CutOff
     return response
 
 
@@ -180,38 +187,53 @@ async def write_stream(
     reader = _reader(opened, fault)
     if (stream := reader.at_once()) is not None:
         headers = _headers(opened, exchange, None, streamed=True)
+        exchange.first_token_at = time.perf_counter()
         return web.Response(body=stream + END, headers=headers)
     head = await reader.head(timing.head_after_s)
     if reader.over:
         return web.Response(status=204)
     response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True, fault=fault))
+    exchange.running.streams += 1
     try:
-        exchange.head_sent = True
-        writer = await response.prepare(request)
-        if head is None:
-            await response.write(reader.keep_alive)
-        push = pusher(request, writer) if writer else takes_nothing
-        await _write(request, response, reader, timing, push)
+        with _leaving(request, exchange):
+            writer = await response.prepare(request)
+            if head is None:
+                await response.write(reader.keep_alive)
+            push = pusher(request, writer) if writer else takes_nothing
+            await _write(request, response, reader, timing, push)
+            if reader.error:
+                exchange.error = f"{type(reader.error).__name__}: {reader.error.message}"
+    finally:
+        exchange.running.streams -= 1
+    return response
+
+
+@contextmanager
+def _leaving(request: web.Request, exchange: Exchange) -> Iterator[None]:
+    """While an answer is written, its caller may leave, or be left by a fault on demand."""
+    exchange.head_sent = True
+    try:
+        yield
     except CutOff:
         _break(request, exchange)
     except ConnectionResetError as error:
         exchange.left = True
         exchange.error = type(error).__name__
-    else:
-        if reader.error:
-            exchange.error = f"{type(reader.error).__name__}: {reader.error.message}"
-    return response
 
 
 async def _write(
     request: web.Request, response: web.StreamResponse, reader: Reader | FaultyReader, timing: Timing, push: Push
 ) -> None:
     """The one loop that writes streams: what the reader has, comments while it has nothing, then the end."""
+    exchange = request[EXCHANGE]
     while True:
-        data = await reader.next(timing.keepalive_s, push)
+        # The first of it comes back here in any case, to note when that was.
+        data = await reader.next(timing.keepalive_s, push if exchange.first_token_at else takes_nothing)
+        if data and not exchange.first_token_at:
+            exchange.first_token_at = time.perf_counter()
         if reader.at_end:
             # Clients stop reading at the end event, so it leaves together with the end of the body.
-            await _patiently(request, response.write_eof((data or b"") + reader.end()), timing)
+            await patiently(request, response.write_eof((data or b"") + reader.end()), timing.write_timeout_s)
             return
         await _write_data(request, response, reader.keep_alive if data is None else data, timing)
 
@@ -223,7 +245,7 @@ async def _write_data(request: web.Request, response: web.StreamResponse, data: 
     if len(data) < _SMALL_BYTES and not transport.get_write_buffer_size():
         await response.write(data)  # which cannot wait
     else:
-        await _patiently(request, response.write(data), timing)
+        await patiently(request, response.write(data), timing.write_timeout_s)
 
 
 def pusher(request: web.Request, writer: AbstractStreamWriter) -> Push:
@@ -242,17 +264,6 @@ def pusher(request: web.Request, writer: AbstractStreamWriter) -> Push:
         return True
 
     return push
-
-
-async def _patiently(request: web.Request, write: Awaitable[None], timing: Timing) -> None:
-    """Waits for a write as long as a caller may take for it. Raises `CallerTooSlow`."""
-    try:
-        async with asyncio.timeout(timing.write_timeout_s):
-            await write
-    except TimeoutError:
-        if request.transport:
-            request.transport.abort()
-        raise CallerTooSlow from None
 
 
 def _headers(

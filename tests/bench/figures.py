@@ -56,6 +56,10 @@ class Extent:
     pace_ramp_s: float = 4.0
     pace_seconds: float = 4.0
     pace_steps: int = 6
+    overloaded_streams: int = 60
+    overloaded_s: float = 8.0
+    saturating: int = 6
+    """How many times as many streams the processor just about carries."""
 
 
 QUICK = Extent(
@@ -77,6 +81,9 @@ QUICK = Extent(
     pace_ramp_s=0.3,
     pace_seconds=0.5,
     pace_steps=1,
+    overloaded_streams=6,
+    overloaded_s=1.5,
+    saturating=2,
 )
 
 Say = Callable[[str], None]
