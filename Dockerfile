@@ -12,7 +12,7 @@ WORKDIR /src
 # What the lock names, by its digests, so that an image of the same source is the same. What EXTRAS adds is not in the
 # lock, but within the bounds of pyproject.toml. Without pip, which nothing needs at run time; and compiled now, since
 # nobody may write there later.
-COPY requirements.lock ./
+COPY .ci/requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/gateway \
     && python -m pip --python /opt/gateway/bin/python install --compile --require-hashes -r requirements.lock

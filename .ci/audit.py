@@ -1,4 +1,4 @@
-"""Fails where a version that is installed, or that requirements.lock names, is known to be vulnerable.
+"""Fails where a version that is installed, or that requirements.lock beside it names, is known to be vulnerable.
 
 Who knows that is a service on the network: where it cannot be asked, this says so, and does not fail.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 AUDITOR = "pip-audit>=2.10,<3"
 INSTALL_WITHIN_S = 90
 AUDIT_WITHIN_S = 40
-LOCK = Path(__file__).parents[1] / "requirements.lock"
+LOCK = Path(__file__).parent / "requirements.lock"
 
 
 def main() -> int:

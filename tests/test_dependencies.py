@@ -20,7 +20,7 @@ from served import Served
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-LOCK = (ROOT / "requirements.lock").read_text("utf-8")
+LOCK = (ROOT / ".ci/requirements.lock").read_text("utf-8")
 
 
 def locked():
@@ -158,7 +158,7 @@ def serves(python: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(400)
 def test_what_the_lock_names_is_all_that_the_image_needs(tmp_path, monkeypatch):
     python = made(tmp_path / "venv")
-    run(python, "-m", "pip", "install", "-q", "--require-hashes", "-r", "requirements.lock")
+    run(python, "-m", "pip", "install", "-q", "--require-hashes", "-r", ".ci/requirements.lock")
     run(python, "-m", "pip", "install", "-q", "--no-deps", ".")
     run(python, "-m", "pip", "check")
     serves(python, tmp_path, monkeypatch)

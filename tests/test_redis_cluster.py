@@ -236,8 +236,8 @@ async def test_pages_list_what_is_on_all_nodes(redis_cluster, open_store, protoc
 
 
 @pytest.mark.parametrize("cursor", ["5", "16384-0--", "a-1--", "1-2"])
-async def test_a_cursor_that_no_cluster_gives_is_refused_as_such(shared_nodes, open_store, cursor):
-    store = await open_store(shared_nodes)
+async def test_a_cursor_that_no_cluster_gives_is_refused_as_such(redis_cluster, open_store, cursor):
+    store = await open_store(redis_cluster)
     with pytest.raises(UnknownCursor):
         await store.page(cursor)
 
