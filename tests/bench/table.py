@@ -83,6 +83,14 @@ ROWS = (
     ),
     Row("CPU of such a frame, µs", "pace_alone", "cpu_us_a_frame"),
     Row(f"frames/s at which that is {LATE_MS:g} ms", "pace_alone", "limit_frames_per_s"),
+    *(
+        row
+        for name in LIMITS
+        for row in (
+            Row(f"refusal at {TIMES} times the room, {name}, p50, ms", overloaded(name), "refused_p50_ms", "none"),
+            Row("the same, p99, ms", overloaded(name), "refused_p99_ms", "none", _AT_ONCE),
+        )
+    ),
     Row(
         f"lateness, {Extent.pace_streams:,} paced streams × {Extent.pace_rate:g}/s, by the clock, p50, ms",
         "pace",
@@ -93,14 +101,6 @@ ROWS = (
     Row("error of a gap, p50, %", "pace", "gap_error_p50_percent", mark=Mark("≤ 5 %", lambda value, _: value <= 5)),
     Row("CPU of a paced frame, µs", "pace", "cpu_us_a_frame"),
     Row(f"frames/s at which p99 is {LATE_MS:g} ms late", "pace_limit", "frames_per_s"),
-    *(
-        row
-        for name in LIMITS
-        for row in (
-            Row(f"refusal at {TIMES} times the room, {name}, p50, ms", overloaded(name), "refused_p50_ms", "none"),
-            Row("the same, p99, ms", overloaded(name), "refused_p99_ms", "none", _AT_ONCE),
-        )
-    ),
     *(
         row
         for tokens in SIZES_TOKENS
