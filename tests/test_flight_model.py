@@ -268,6 +268,7 @@ class FlightModel(RuleBasedStateMachine):
             error = caller.reader._error
             beyond = caller.after > len(self.shown(caller.usage)) + 1
             reasons = {
+                UpstreamBroke: beyond and error is self.flight.error,  # else it might have come to there
                 type(None): True,
                 StreamCancelled: caller.cancelled,
                 ReaderTooSlow: caller.backlog_when_cut > MAX_BYTES,

@@ -117,6 +117,7 @@ async def test_for_a_while_newcomers_are_served_but_told_to_go_elsewhere_next_ti
     await ends(served)
 
 
+@pytest.mark.slow
 async def test_who_asks_twice_does_not_wait_for_the_grace(start, session, upstream):
     served = start(server_shutdown_grace_s=LONG_S)
     upstream.script = two_parts

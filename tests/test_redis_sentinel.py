@@ -175,6 +175,7 @@ async def keep_asking(gateway: Any, ended: Callable[[], bool]) -> None:
         number += 1
 
 
+@pytest.mark.slow
 async def test_a_demoted_master_has_none_of_our_connections(watched, open_store):
     """It is told of it seconds later, and takes writes until then, which are lost."""
     watched.start()

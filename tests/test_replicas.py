@@ -769,6 +769,7 @@ def connect_again(replicas: Replicas) -> None:
 Fault = Callable[[Replicas], None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["while another writes", "after another has ended"])
 @pytest.mark.parametrize(
     ("fail", "mend"),
@@ -961,6 +962,7 @@ async def test_the_callers_of_a_leader_that_is_shut_down_resume_elsewhere_at_onc
 # What is left
 
 
+@pytest.mark.slow
 async def test_a_deployment_that_is_killed_leaves_nothing_in_redis_but_the_secret(replicas, shared_redis, upstream):
     await replicas.start(shared_redis, flights_resume_s=1)
     upstream.script = says(FIRST, "Hello", Hold("kill"))

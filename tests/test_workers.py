@@ -349,6 +349,7 @@ def test_a_port_in_use_is_told_of_once(tmp_path):
     assert line.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_workers_share_the_embedded_server_which_ends_with_their_supervisor(tmp_path):
     with Served(tmp_path, "--workers", "2") as served:
         assert "workers: 2" in served.said

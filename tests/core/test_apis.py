@@ -121,7 +121,6 @@ def streams(draw):
     return [*found, chunk(usage=USAGE, system_fingerprint="fp_1")]
 
 
-@settings(max_examples=60)
 @given(streams())
 def test_a_well_behaved_stream_is_assembled_as_openais_client_does(stream):
     body = assemble(stream)
@@ -356,13 +355,11 @@ CHUNK = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120)
 @given(st.sampled_from([CHAT, COMPLETIONS]), st.lists(CHUNK, max_size=4))
 def test_chunks_of_any_shape_are_assembled_to_something(api, chunks):
     assert json.loads(json.dumps(assemble(chunks, api)))["object"] in ("chat.completion", "text_completion")
 
 
-@settings(max_examples=120)
 @given(st.sampled_from([CHAT, COMPLETIONS]), CHUNK)
 def test_answers_of_any_shape_are_split_to_something(api, body):
     assert isinstance(json.loads(json.dumps(api.split(body))), list)
@@ -486,7 +483,6 @@ HELLO = {
 }  # fmt: skip
 
 
-@settings(max_examples=150)
 @given(chat_completions())
 @example(HELLO)
 def test_assembling_a_split_chat_completion_gives_it_back(body):
@@ -496,7 +492,6 @@ def test_assembling_a_split_chat_completion_gives_it_back(body):
     assert assemble(json.loads(json.dumps(chunks))) == body
 
 
-@settings(max_examples=120)
 @given(text_completions())
 def test_assembling_a_split_text_completion_gives_it_back(body):
     before = copy.deepcopy(body)

@@ -7,7 +7,7 @@ from itertools import chain
 
 import orjson
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gateway.core.apis import CHAT, COMPLETIONS
@@ -202,7 +202,6 @@ def ids_of_calls(body):
     return {(choice["index"], each["id"]) for choice in body["choices"] for each in choice["message"].get("tool_calls", ())}
 
 
-@settings(max_examples=150)
 @given(plans(), st.sampled_from(STYLES), st.data())
 def test_a_new_run_of_the_same_content_goes_on_with_the_stream(plan, style, data):
     first = streamed(data.draw, plan, run=1, style=style)
@@ -257,7 +256,6 @@ def changed(draw, plan, shown):
     return channel, plan
 
 
-@settings(max_examples=150)
 @given(plans(), st.sampled_from(STYLES), st.data())
 def test_a_new_run_that_says_something_else_is_found_out(plan, style, data):
     first = streamed(data.draw, plan, run=1, style=style)
@@ -405,7 +403,6 @@ ODD_CHUNKS = st.lists(
 )
 
 
-@settings(max_examples=300)
 @given(ODD_CHUNKS, ODD_CHUNKS, st.integers(0, 9))
 def test_whatever_chunks_are_nothing_is_raised_but_diverged(shown, run, length):
     trace = trace_of(copy.deepcopy(shown))
@@ -418,7 +415,6 @@ def test_whatever_chunks_are_nothing_is_raised_but_diverged(shown, run, length):
             skip.feed(value)
 
 
-@settings(max_examples=200)
 @given(ODD_CHUNKS)
 def test_whatever_was_shown_its_own_run_says_it_again(run):
     run = [value for value in run if not value.get("error")]
@@ -646,7 +642,6 @@ def test_each_choice_goes_on_by_itself():
 # Skip
 
 
-@settings(max_examples=150)
 @given(plans(max_choices=1), st.sampled_from(["numbered", "repeating"]), st.data())
 def test_a_client_that_knows_its_position_gets_the_rest(plan, style, data):
     seen_run = streamed(data.draw, plan, run=1, style=style, in_order=True)

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.core.json_scan import cut_member, members
@@ -39,7 +39,6 @@ def written(draw, value):
 TEXTS = OBJECTS.flatmap(lambda value: st.tuples(st.just(value), written(value)))
 
 
-@settings(max_examples=150)
 @given(TEXTS)
 def test_members_are_those_that_a_parser_finds(pair):
     value, text = pair
@@ -52,7 +51,6 @@ def test_members_are_those_that_a_parser_finds(pair):
         assert text[member.start :].startswith(b'"' + member.name + b'"')
 
 
-@settings(max_examples=150)
 @given(TEXTS.filter(lambda pair: pair[0]), st.integers(0, 4))
 def test_cutting_a_member_leaves_the_object_without_it(pair, place):
     value, text = pair
@@ -83,7 +81,6 @@ def test_cutting_takes_the_comma_along(text, name, left):
 JSON_LIKE = st.lists(st.sampled_from([*'{}[]",:\\ \n', '"a"', "1", "null", "\x0b", "\xff"]), max_size=30)
 
 
-@settings(max_examples=300)
 @given(st.binary(max_size=40) | JSON_LIKE.map(lambda parts: "".join(parts).encode("latin-1")))
 @example(b"{")
 @example(b'{"a')

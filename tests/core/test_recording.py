@@ -6,7 +6,7 @@ from itertools import product
 
 import orjson
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.core.recording import (
@@ -223,7 +223,6 @@ def any_chunk(draw):
     return {name: draw(MEMBERS[name]) for name in names}
 
 
-@settings(max_examples=250)
 @given(st.lists(any_chunk(), max_size=5), st.sampled_from([compact, spaced, over_lines]), st.sampled_from(IDENTITIES[1:]))
 @example([{"id": ID, "created": CREATED}, {"id": ID, "created": 17415699521}], compact, IDENTITIES[1])
 @example([{"id": ID, "created": CREATED, "x": {"usage": None}}] * 2, compact, IDENTITIES[1])

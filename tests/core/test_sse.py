@@ -3,7 +3,7 @@ import tracemalloc
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.core.sse import Decoder, Event, EventTooLarge, comment, encode
@@ -78,7 +78,6 @@ EVENTS = st.builds(
 )
 
 
-@settings(max_examples=300)
 @given(STREAM)
 @example(b"\xef\xbb\xbfdata: x\r\n\r\n")
 @example(b"data: x\r\rdata: y\r\r")
@@ -87,7 +86,6 @@ def test_decodes_as_the_whatwg_text_does(stream):
     assert decode(stream) == reference(stream)
 
 
-@settings(max_examples=300)
 @given(STREAM, CUTS)
 def test_how_the_bytes_are_cut_does_not_matter(stream, cuts):
     edges = sorted({0, len(stream), *(cut % (len(stream) + 1) for cut in cuts)})
@@ -101,7 +99,6 @@ def test_arbitrary_bytes_raise_nothing_but_event_too_large(pieces, limit):
         decode(*pieces, limit=limit)
 
 
-@settings(max_examples=300)
 @given(STREAM, st.integers(1, 30))
 @example(b"data\ndata: \ndata:  x\ndata: a:b\n\n", 30)
 def test_whether_an_event_is_too_large_does_not_depend_on_the_cuts(stream, limit):
