@@ -59,7 +59,7 @@ class Stage:
     def bare_upstream(self) -> AbstractContextManager[Server]:
         """Another scripted upstream, where servers under test run: nothing is simpler that sends frames at their times."""
         port = free_port()
-        return server("bare", script("upstream.py", port), port, self._cores.server)
+        return server("bare", script("upstream.py", port), port, self.cores.server)
 
     def empty_store(self) -> None:
         with redis.Redis(unix_socket_path=str(self.redis_socket)) as client:
@@ -110,7 +110,7 @@ class Stage:
         """Reads paced streams to their ends. Raises `BenchFailed`."""
         cpu_s = target.cpu_s()
         command = script("paced.py", orjson.dumps(asdict(plan)).decode())
-        with child(command, self._cores.others, subprocess.PIPE) as process:
+        with child(command, self.cores.others, subprocess.PIPE) as process:
             measured = finish(process, target)
         cpu_after_s, frames = target.cpu_s(), measured["all_frames"]
         if cpu_s is not None and cpu_after_s is not None and frames:
@@ -120,7 +120,7 @@ class Stage:
     def paced_alone(self, plan: paced_alone.Plan) -> Measured:
         """Paced frames without a server. Raises `BenchFailed`."""
         with child(
-            script("paced_alone.py", orjson.dumps(asdict(plan)).decode()), self._cores.server, subprocess.PIPE
+            script("paced_alone.py", orjson.dumps(asdict(plan)).decode()), self.cores.server, subprocess.PIPE
         ) as run:
             return finish(run, self.upstream)
 
