@@ -119,9 +119,7 @@ class Stage:
 
     def paced_alone(self, plan: paced_alone.Plan) -> Measured:
         """Paced frames without a server. Raises `BenchFailed`."""
-        with child(
-            script("paced_alone.py", orjson.dumps(asdict(plan)).decode()), self.cores.server, subprocess.PIPE
-        ) as run:
+        with child(script("paced_alone.py", orjson.dumps(asdict(plan)).decode()), self.cores.server, subprocess.PIPE) as run:
             return finish(run, self.upstream)
 
     def check_hits(self, target: Server, *, streamed: bool, tokens: int) -> int:
