@@ -14,6 +14,7 @@ from gateway.config import Config, LangChainUpstreamConfig, Loaded, OpenAIUpstre
 from gateway.core.apis import APIS
 from gateway.eraser import Eraser
 from gateway.errors import StoreUnavailable
+from gateway.faults import Faults
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
 from gateway.http import metrics as metrics_http
@@ -23,6 +24,8 @@ from gateway.http.connection import Patience
 from gateway.http.relay import Relay
 from gateway.limits import Limits
 from gateway.metrics import Metrics, Sources
+from gateway.missing import Missing
+from gateway.nearby import Nearby
 from gateway.observe import AccessLog, Sink, UpstreamState
 from gateway.ports import Store, Upstream
 from gateway.pump import Rules
@@ -135,7 +138,8 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     tenants, rules = Tenants(store), _cache_rules(config)
     adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key, limits)
     questions = Questions(router, store, tenants, rules)
-    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
+    missing = Missing(questions, Nearby(store, clock))
+    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally, missing)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
     operators = app
@@ -161,7 +165,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
         admin.add_routes(operators, about, lambda: adjustable.admin_key)
     if config.metrics.enabled:
         operators.router.add_get("/metrics", _metrics_handler(config, metrics, adjustable))
-    _add_routes(app, config, router, tenants)
+    _add_routes(app, config, router, tenants, Faults(questions, rules))
     _add_health(app, store, running)
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
@@ -210,6 +214,9 @@ def _cache_rules(config: Config) -> CacheRules:
         keep_requests=cache.keep_requests,
         sample_order=cache.sample_order,
         sample_seed=cache.sample_seed,
+        mode=cache.mode,
+        faults_allowed=config.faults.allowed,
+        fault_seed=config.faults.seed,
     )
 
 
@@ -224,14 +231,14 @@ def _flight_rules(config: Config) -> Rules:
     )
 
 
-def _add_routes(app: web.Application, config: Config, router: Router, tenants: Tenants) -> None:
+def _add_routes(app: web.Application, config: Config, router: Router, tenants: Tenants, faults: Faults) -> None:
     server, limits = config.server, app[LIMITS]
     timing = completions.Timing(
         server.head_after_s, server.keepalive_s, server.write_timeout_s, config.redis.lookup_timeout_s
     )
     own: dict[str, list[str]] = {}
     for api in APIS.values():
-        handler = completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
+        handler = completions.handler(api, app[SERVICE], timing, faults, event_ids=config.flights.event_ids)
         handler = admitted(handler, limits, tenants)
         own[api.path] = list(completions.METHODS)
         for method in completions.METHODS:
@@ -275,9 +282,12 @@ def patience(config: Config) -> Patience:
     return Patience(config.server.read_timeout_s, config.server.write_timeout_s)
 
 
+MODES = {"record": "; record mode: every answer is asked for anew", "replay": "; replay mode: no model is asked"}
+
+
 def announcement(address: Any, admin_address: Any, config: Config, store: str) -> str:
     """Where it listens, where it keeps what, and whom it asks."""
-    cache = f"cache: {store if config.cache.enabled else 'off'}"
+    cache = f"cache: {store if config.cache.mode != 'off' else 'off'}{MODES.get(config.cache.mode, '')}"
     at = _origin(admin_address) if admin_address else ""
     operators = [f"admin: on at {at}/admin/"] if config.admin.is_open else []
     if config.metrics.enabled and (admin_address or config.metrics.public or config.admin.is_open):
@@ -293,6 +303,8 @@ def _origin(address: Any) -> str:
 
 def describe_upstreams(config: Config) -> str:
     """One line an upstream."""
+    if config.is_replay:
+        return f"upstream: none, since this is replay mode; what is not recorded: {config.replay.on_miss}"
     if not config.upstreams:
         return "upstream: none is configured, so a simulated model answers (see [[upstreams]] in config.toml)"
     return "\n".join(f"upstream {upstream.name}: {_described(upstream)}" for upstream in config.upstreams)

@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     for command, run in ((serve, _serve), (check, _check)):
         command.set_defaults(run=partial(_run, run), workers=None, worker=None)
         command.add_argument(
+            "--mode",
+            choices=("cache", "record", "replay", "off"),
+            help="instead of [cache] mode: replay asks no model, record asks it for every answer, off keeps nothing",
+        )
+        command.add_argument(
             "--config", type=Path, metavar="FILE", help="the configuration (default: config.toml, if there is one here)"
         )
         command.add_argument("--host", help="the address to listen on, instead of [server] host")
@@ -74,9 +79,12 @@ def _run(run: Callable[[Source, Loaded], int], options: argparse.Namespace) -> i
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    names = ("host", "port", "workers")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {"server": given} if given else {}
+    places = {"server": ("host", "port", "workers"), "cache": ("mode",)}
+    given = {
+        section: {name: value for name in names if (value := getattr(options, name)) is not None}
+        for section, names in places.items()
+    }
+    return {section: values for section, values in given.items() if values}
 
 
 def _work(options: argparse.Namespace) -> int:
@@ -112,14 +120,15 @@ def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
 
 
 def _check(_: Source, loaded: Loaded) -> int:
-    from gateway.app import describe_upstreams, rehearse  # noqa: PLC0415
+    from gateway.app import MODES, describe_upstreams, rehearse  # noqa: PLC0415
 
     config = loaded.config
     asyncio.run(rehearse(loaded))
     server, cache = config.server, config.cache
     print(f"configuration: {loaded.source}")  # noqa: T201
     print(f"would listen on http://{server.host}:{server.port}/v1")  # noqa: T201
-    print(f"cache: {config.redis.shown_url if cache.enabled else 'off'}, kept for {cache.ttl_s:g} s")  # noqa: T201
+    where = "off" if cache.mode == "off" else config.redis.shown_url
+    print(f"cache: {where}, kept for {cache.ttl_s:g} s{MODES.get(cache.mode, '')}")  # noqa: T201
     at = f" at {config.admin.listen}" if config.admin.listen else ""
     print(f"admin: {f'on{at}' if config.admin.is_open else 'off'}")  # noqa: T201
     print(describe_upstreams(config))  # noqa: T201

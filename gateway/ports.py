@@ -252,8 +252,8 @@ class Peeked:
     """Whether they have seen nothing else: that run has promised so, or has taken the log over."""
 
 
-Want = Literal["stream", "whole", "meta"]
-"""Which parts of a recording are needed: frames and marks, the body, or neither."""
+Want = Literal["stream", "whole", "timed", "meta"]
+"""Which parts of a recording are needed: frames and marks, the body, the body and marks, or none."""
 
 
 class Store(Protocol):

@@ -332,7 +332,7 @@ async def shuts_replica_down(play: "ReplicasPlay") -> None:
 
 QUIET = {"flights": {"first_byte_timeout_s": 0.7, "idle_timeout_s": 0.7}}
 SHORT = {"flights": {"total_timeout_s": 1.0}}
-PACED = {"replay": {"pace": "fixed", "frames_per_s": 20.0}}
+PACED = {"replay": {"pace": "fixed", "tokens_per_s": 20.0}}
 IMPATIENT = {"server": {"write_timeout_s": 0.2}}
 REDIS = {"redis": {"lookup_timeout_s": 0.3, "command_timeout_s": 0.5, "connect_timeout_s": 0.5, "cooldown_s": 0.1}}
 
@@ -760,7 +760,7 @@ async def test_what_is_seen_of_a_fault(start_gateway, upstream, request, name, p
 async def test_what_is_seen_of_a_replica_that_goes(shared_redis, upstream, tmp_path, name, phase):
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         replicas = Replicas(session, upstream, tmp_path)
-        paced = {"replay_pace": "fixed", "replay_frames_per_s": 2.0} if phase is REPLAY else {}
+        paced = {"replay_pace": "fixed", "replay_tokens_per_s": 2.0} if phase is REPLAY else {}
         try:
             await replicas.start(shared_redis, count=2, server_shutdown_grace_s=0, **paced)
             got = await ReplicasPlay(replicas, upstream, FAULTS[name], phase).play()

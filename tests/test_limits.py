@@ -556,7 +556,7 @@ async def test_running_and_stored_answers_are_counted_and_calls_are_refused_befo
 
 
 async def test_a_replay_is_counted_while_it_goes_on(start_gateway, upstream):
-    gateway = await start_gateway(replay={"pace": "fixed", "frames_per_s": 10.0})
+    gateway = await start_gateway(replay={"pace": "fixed", "tokens_per_s": 10.0})
     await gateway.chat()
     await gateway.landed()
     await nothing_is_left(gateway)

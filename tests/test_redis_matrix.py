@@ -321,7 +321,7 @@ async def test_while_it_is_stored(start_gateway, rig, fault, caplog):
 @pytest.mark.slow
 @each_fault
 async def test_in_the_middle_of_a_replay(start_gateway, rig, fault, caplog):
-    gateway = await start_gateway(**settings(rig, replay={"pace": "fixed", "frames_per_s": 20.0}))
+    gateway = await start_gateway(**settings(rig, replay={"pace": "fixed", "tokens_per_s": 20.0}))
     await is_served(gateway, "asked", stream=False)
     await gateway.landed()
     async with asyncio.timeout(WITHIN_S), gateway.opened("asked", stream=True) as response:

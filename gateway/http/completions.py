@@ -1,5 +1,6 @@
 """Chat completions and completions: read the request, open the answer, write it. One write loop serves every stream."""
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,19 +9,23 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_writer import StreamWriter
 from multidict import CIMultiDictProxy
 
 from gateway.core.apis import Api, RequestProblem
 from gateway.core.controls import NO_CONTROLS, Controls, from_body
 from gateway.core.dialects.openai import END
+from gateway.core.faults import Fault
 from gateway.core.policy import Directives
-from gateway.errors import InvalidRequest, UnsupportedMediaType, UpstreamRefused
+from gateway.errors import InjectedFault, InvalidRequest, UnsupportedMediaType, UpstreamRefused
+from gateway.faults import CutOff, Faults, FaultyReader
 from gateway.http import body, fields
 from gateway.http.edge import EXCHANGE, Exchange, Handler
 from gateway.http.writing import PIECE_BYTES, patiently, write_whole
 from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS, Request
-from gateway.reader import Reader
+from gateway.reader import Push, Reader, takes_nothing
 from gateway.service import Opened, Service
 
 METHODS = ("POST", "QUERY")
@@ -49,20 +54,23 @@ class Timing:
     """How long an answer that is given whole waits to be told whether it is stored."""
 
 
-def handler(api: Api, service: Service, timing: Timing, *, event_ids: bool) -> Handler:
+def handler(api: Api, service: Service, timing: Timing, faults: Faults, *, event_ids: bool) -> Handler:
     """The handler of one API's path. ``event_ids``: what holds where a caller does not say."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         exchange = request[EXCHANGE]
         asked = await _read(request, api, event_ids=event_ids)
         exchange.model = str(asked.body.get("model"))
+        fault = faults.of(asked)
+        if fault and fault.kind == "status":
+            raise InjectedFault(fault)
         opened = await service.open(asked)
         exchange.upstream = opened.upstream
         exchange.cache_status = opened.disposition.cache_status()
         try:
             if asked.streamed:
-                return await write_stream(request, opened, exchange, timing)
-            return await _whole(request, opened, exchange, timing)
+                return await write_stream(request, opened, exchange, timing, fault)
+            return await _whole(request, opened, exchange, timing, fault)
         except UpstreamRefused as refusal:
             exchange.cache_status = opened.disposition._replace(status=refusal.status).cache_status()
             raise
@@ -78,11 +86,13 @@ async def _read(request: web.Request, api: Api, *, event_ids: bool) -> Request:
         raise InvalidRequest("The request body must be a JSON object.")
     try:
         controls = controls_of(request.headers, asked)
+        pace = fields.replay(request.headers.getall(fields.REPLAY, ()))
+        faults = fields.faults(request.headers.getall(fields.FAULT, ()))
     except RequestProblem as problem:
         raise InvalidRequest(str(problem), param=problem.param) from None
     if (wish := request.headers.get("Gateway-Event-Ids")) is not None:
         event_ids = _BOOLEANS.get(wish.strip(), event_ids)
-    return Request(api, asked, request.headers, controls, event_ids)
+    return Request(api, asked, request.headers, controls, event_ids, pace, faults)
 
 
 def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Controls:
@@ -125,27 +135,56 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-async def _whole(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
-    answer = await opened.reader.whole()
+async def _whole(
+    request: web.Request, opened: Opened, exchange: Exchange, timing: Timing, fault: Fault | None
+) -> web.StreamResponse:
+    answer = await _reader(opened, fault).whole()
     # Nobody waits twice for a store that does not answer.
     within_s = 0.0 if opened.disposition.detail == "store-unavailable" else timing.stored_within_s
     kept, why_not = await opened.reader.outcome(within_s)
     if kept or why_not:
         told = opened.disposition
         opened.disposition = told._replace(stored=bool(kept), detail=why_not or told.detail)
-    headers = _headers(opened, exchange, await opened.reader.head(None))
+    headers = _headers(opened, exchange, await opened.reader.head(None), fault=fault)
     headers["Content-Type"] = "application/json"
+    if fault and fault.kind == "cut":
+        return await _cut_in_two(request, answer, headers, exchange)
     if len(answer) <= PIECE_BYTES:
         return web.Response(body=answer, headers=headers)
     response = web.StreamResponse(headers=headers)
-    with _leaving(exchange):
+    with _leaving(request, exchange):
         await write_whole(request, response, answer, timing.write_timeout_s)
     return response
 
 
-async def write_stream(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
+def _reader(opened: Opened, fault: Fault | None) -> Reader | FaultyReader:
+    return FaultyReader(opened.reader, fault) if fault else opened.reader
+
+
+async def _cut_in_two(
+    request: web.Request, answer: bytes, headers: dict[str, str], exchange: Exchange
+) -> web.StreamResponse:
+    """Half of an answer, and the end of the connection."""
+    response = web.StreamResponse(headers={**headers, "Content-Length": str(len(answer))})
+    with _leaving(request, exchange):
+        await response.prepare(request)
+        await response.write(answer[: len(answer) // 2])
+        await asyncio.sleep(0)  # by then it has left
+        raise CutOff
+    return response
+
+
+def _break(request: web.Request, exchange: Exchange) -> None:
+    exchange.error = CutOff.__name__
+    if request.transport:
+        request.transport.abort()
+
+
+async def write_stream(
+    request: web.Request, opened: Opened, exchange: Exchange, timing: Timing, fault: Fault | None = None
+) -> web.StreamResponse:
     """The answer as a stream, at once or as it comes; 204 where the caller has all of it. Raises the errors of its head."""
-    reader = opened.reader
+    reader = _reader(opened, fault)
     if (stream := reader.at_once()) is not None:
         headers = _headers(opened, exchange, None, streamed=True)
         exchange.first_token_at = time.perf_counter()
@@ -153,14 +192,15 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
     head = await reader.head(timing.head_after_s)
     if reader.over:
         return web.Response(status=204)
-    response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True))
+    response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True, fault=fault))
     exchange.running.streams += 1
     try:
-        with _leaving(exchange):
-            await response.prepare(request)
+        with _leaving(request, exchange):
+            writer = await response.prepare(request)
             if head is None:
                 await response.write(reader.keep_alive)
-            await _write(request, response, reader, timing)
+            push = pusher(request, writer) if writer else takes_nothing
+            await _write(request, response, reader, timing, push)
             if reader.error:
                 exchange.error = f"{type(reader.error).__name__}: {reader.error.message}"
     finally:
@@ -169,21 +209,26 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
 
 
 @contextmanager
-def _leaving(exchange: Exchange) -> Iterator[None]:
-    """While an answer is written, its caller may leave."""
+def _leaving(request: web.Request, exchange: Exchange) -> Iterator[None]:
+    """While an answer is written, its caller may leave, or be left by a fault on demand."""
     exchange.head_sent = True
     try:
         yield
+    except CutOff:
+        _break(request, exchange)
     except ConnectionResetError as error:
         exchange.left = True
         exchange.error = type(error).__name__
 
 
-async def _write(request: web.Request, response: web.StreamResponse, reader: Reader, timing: Timing) -> None:
+async def _write(
+    request: web.Request, response: web.StreamResponse, reader: Reader | FaultyReader, timing: Timing, push: Push
+) -> None:
     """The one loop that writes streams: what the reader has, comments while it has nothing, then the end."""
     exchange = request[EXCHANGE]
     while True:
-        data = await reader.next(timing.keepalive_s)
+        # The first of it comes back here in any case, to note when that was.
+        data = await reader.next(timing.keepalive_s, push if exchange.first_token_at else takes_nothing)
         if data and not exchange.first_token_at:
             exchange.first_token_at = time.perf_counter()
         if reader.at_end:
@@ -203,8 +248,31 @@ async def _write_data(request: web.Request, response: web.StreamResponse, data: 
         await patiently(request, response.write(data), timing.write_timeout_s)
 
 
+def pusher(request: web.Request, writer: AbstractStreamWriter) -> Push:
+    """Writes past aiohttp, for whoever has no task that could wait: so a frame of a crowd of paced streams costs half."""
+    transport = request.transport
+    if transport is None or not isinstance(writer, StreamWriter):
+        return takes_nothing
+    chunked, full, closing, send = writer.chunked, transport.get_write_buffer_size, transport.is_closing, transport.write
+
+    def push(data: bytes) -> bool:
+        if len(data) >= _SMALL_BYTES or full() or closing():
+            return False  # whoever waits for the stream writes it, and waits, or learns that its caller is gone
+        sent = b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
+        send(sent)
+        writer.output_size += len(sent)
+        return True
+
+    return push
+
+
 def _headers(
-    opened: Opened, exchange: Exchange, head: Mapping[str, str] | None, *, streamed: bool = False
+    opened: Opened,
+    exchange: Exchange,
+    head: Mapping[str, str] | None,
+    *,
+    streamed: bool = False,
+    fault: Fault | None = None,
 ) -> dict[str, str]:
     """``head`` is what the upstream said, where it has answered."""
     disposition = opened.disposition
@@ -220,9 +288,13 @@ def _headers(
     headers = {**passed, **exchange.headers(), "Cache-Control": UNSTORED}
     if disposition.is_replay:
         headers["Age"] = str(disposition.age_s)
-    if opened.ttl_s and (disposition.ttl_s > 0 or disposition.stored):
+    if fault:
+        headers["Gateway-Fault"] = str(fault)  # and nobody else may keep what is wrong
+    elif opened.ttl_s and (disposition.ttl_s > 0 or disposition.stored):
         headers["Cache-Control"] = f"private, max-age={int(opened.ttl_s)}"
         headers["Vary"] = _VARY
+    if opened.simulated:
+        headers["Gateway-Simulated"] = "?1"
     if opened.stream_id:
         headers["Gateway-Stream-Id"] = opened.stream_id
     if streamed:

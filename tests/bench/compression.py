@@ -1,29 +1,24 @@
 """What compressing recordings costs a lookup and saves in Redis: every size is looked up compressed and plain in turn."""
 
 import asyncio
-import random
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
 import uvloop
 from figures import Extent, Figures
+from recordings import recording
 from stage import Measured
 
 from gateway.config import RedisConfig
-from gateway.core.apis import CHAT
 from gateway.core.key import CacheKey
-from gateway.core.recording import Meta, Recorder, Recording
+from gateway.core.recording import Recording
 from gateway.store.redis import RedisStore, connect
 
 SIZES_TOKENS = (64, 256, 1024)
 _KEY = CacheKey("c" * 40)
 _AT_ONCE = 16
 _ALWAYS, _NEVER = 1, 0
-# Text that people wrote: what repeats itself compresses too well.
-_TEXT = Path(__file__).parents[2] / "README.md"
 
 
 def compression(redis_socket: Path, extent: Extent) -> list[Figures]:
@@ -38,10 +33,10 @@ def figure(tokens: int) -> str:
 async def _round(url: str, seconds: float) -> Figures:
     figures: Figures = {}
     for tokens in SIZES_TOKENS:
-        recording = _recording(tokens)
+        looked_up = recording(tokens)
         figures[figure(tokens)] = {
-            "gateway": await _looked_up(url, recording, _ALWAYS, seconds),
-            "bare": await _looked_up(url, recording, _NEVER, seconds),
+            "gateway": await _looked_up(url, looked_up, _ALWAYS, seconds),
+            "bare": await _looked_up(url, looked_up, _NEVER, seconds),
         }
     return figures
 
@@ -67,19 +62,3 @@ async def _time_us(store: RedisStore, at_once: int, seconds: float) -> float:
         assert all(found)
         done += at_once
     return passed_s / done * 1e6
-
-
-def _recording(tokens: int) -> Recording:
-    """An answer of random words, in the chunks that OpenAI sends."""
-    words, draw, recorder = (
-        re.findall(r"\s*\S+", _TEXT.read_text("utf-8")),
-        random.Random(tokens),
-        Recorder(CHAT.assembler()),
-    )
-    head = {"id": f"chatcmpl-{tokens:029}", "object": "chat.completion.chunk", "created": 1_700_000_000}
-    for number in range(tokens):
-        choice = {"index": 0, "delta": {"content": draw.choice(words)}, "logprobs": None, "finish_reason": None}
-        chunk = {**head, "model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_0aa8d3e20b", "choices": [choice]}
-        recorder.add(orjson.dumps(chunk), number * 20_000)
-    meta = Meta("chat", "m", "u", time.time(), time.time(), tokens * 20_000, 3600.0, "chatcmpl-1", tokens, flight="ab" * 8)
-    return recorder.recording(meta, orjson.dumps({"choices": []}))

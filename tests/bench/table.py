@@ -12,6 +12,7 @@ from outage import FAULTS
 from outage import figure as outage_figure
 from overload import CASES, LIMITS, TIMES
 from overload import figure as overloaded
+from pace import LATE_MS
 
 NOTHING = "–"
 
@@ -74,6 +75,14 @@ ROWS = (
     Row("CPU of a frame to each of them at full speed, µs", "fan_out", "cpu_us_a_frame"),
     Row("CPU of a frame to each of them, paced, µs", "crowd", "cpu_us_a_frame"),
     Row("memory of a follower, KiB", "crowd", "follower_kib"),
+    Row(
+        f"lateness of a frame, {Extent.pace_streams:,} paced streams × {Extent.pace_rate:g}/s, by CPU time, p99, ms",
+        "pace_alone",
+        "late_p99_ms",
+        mark=Mark(f"≤ {LATE_MS:g} ms", lambda value, _: value <= LATE_MS),
+    ),
+    Row("CPU of such a frame, µs", "pace_alone", "cpu_us_a_frame"),
+    Row(f"frames/s at which that is {LATE_MS:g} ms", "pace_alone", "limit_frames_per_s"),
     *(
         row
         for name in LIMITS
@@ -82,6 +91,16 @@ ROWS = (
             Row("the same, p99, ms", overloaded(name), "refused_p99_ms", "none", _AT_ONCE),
         )
     ),
+    Row(
+        f"lateness, {Extent.pace_streams:,} paced streams × {Extent.pace_rate:g}/s, by the clock, p50, ms",
+        "pace",
+        "late_p50_ms",
+    ),
+    Row("the same, p99, ms", "pace", "late_p99_ms", mark=Mark(f"≤ {LATE_MS:g} ms", lambda value, _: value <= LATE_MS)),
+    Row("the same, beside its stream's most punctual frame", "pace", "own_late_p99_ms"),
+    Row("error of a gap, p50, %", "pace", "gap_error_p50_percent", mark=Mark("≤ 5 %", lambda value, _: value <= 5)),
+    Row("CPU of a paced frame, µs", "pace", "cpu_us_a_frame"),
+    Row(f"frames/s at which p99 is {LATE_MS:g} ms late", "pace_limit", "frames_per_s"),
     *(
         row
         for tokens in SIZES_TOKENS
