@@ -22,6 +22,7 @@ from gateway.ports import Store, Upstream
 from gateway.pump import Rules
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Questions, Tenants
+from gateway.recordings import Recordings
 from gateway.service import Service
 from gateway.sharing import Terms
 from gateway.store.embedded import EmbeddedServer
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = web.AppKey("service", Service)
 STREAMS = web.AppKey("streams", Streams)
+RECORDINGS = web.AppKey("recordings", Recordings)
 RUNNING = web.AppKey("running", edge.Running)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
 RUNNER_OPTIONS: dict[str, Any] = {
@@ -118,6 +120,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
+    app[RECORDINGS] = Recordings(store, store, router=router, tenants=tenants, rules=rules, purges=purges, clock=clock)
     if admin_key and config.admin.is_open:
         about = Admin(
             store,
@@ -130,7 +133,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             eraser=eraser,
             clock=clock,
         )
-        admin.add_routes(app, about, lambda: adjustable.admin_key)
+        admin.add_routes(app, about, app[RECORDINGS], lambda: adjustable.admin_key)
     _add_routes(app, config, store, router)
     app.router.add_get("/readyz", small.readiness(store, running))
 

@@ -44,6 +44,10 @@ class Router(Protocol):
 
     def route(self, model: str) -> Route: ...
 
+    def fallback(self, name: str) -> Route:
+        """The same for ``upstream/model``, where there is such an upstream. Raises `ModelNotFound`."""
+        ...
+
 
 @dataclass(slots=True)
 class CacheRules:

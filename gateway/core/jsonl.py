@@ -48,6 +48,7 @@ class Line(NamedTuple):
     recording: Recording
     sample: int = 0
     key: str = ""
+    """That of the question, also where this is another sample than the first."""
     secret: str = ""
     """The fingerprint of the secret under which the key, and the owner if it is a tenant, are digests."""
     ignored: tuple[str, ...] = ()
@@ -329,7 +330,7 @@ def _owner(asked: _Members, namespace: str) -> str:
     if (kind == "shared" and namespace) or (kind == "namespace" and not namespace):
         raise BadLine("request.owner: does not fit the namespace")
     if kind == "shared":
-        return kind
+        return "shared"
     space = f"{_NAMESPACE}{namespace}" if namespace else ""
     if kind == "namespace":
         return space
