@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gateway import __version__, commands
+from gateway import __version__, commands, file_commands
 from gateway.config import Loaded
 from gateway.errors import CommandFailed, ConfigError
 from gateway.watching import Source
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--workers", type=int, help="how many processes serve, instead of [server] workers")
     serve.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a supervisor's: the file descriptor to hear it on
     commands.add_parsers(known)
+    file_commands.add_parsers(known)
     return parser
 
 

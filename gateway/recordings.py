@@ -15,7 +15,7 @@ from gateway.core.apis import APIS
 from gateway.core.jsonl import BadLine, Line, fingerprint
 from gateway.core.key import MAX_SAMPLES, CacheKey, cache_key, sample_key
 from gateway.core.lines import Lines
-from gateway.core.policy import ModelRules
+from gateway.core.policy import ModelRules, has_broken_arguments
 from gateway.core.recording import Meta, content_digest
 from gateway.eraser import store_is_needed
 from gateway.errors import ConfigError, ModelNotFound, StoreCorrupt
@@ -302,6 +302,8 @@ def _check_that_it_is_kept(line: Line, rules: ModelRules) -> None:
         size_bytes=len(recording.sse or b""),
         limits_tokens=body is None or api.limits_tokens(asked),
     )
+    if not why_not and has_broken_arguments(recording.body or b""):
+        why_not = "tool-arguments"
     if why_not:
         raise BadLine(f"such an answer is not stored here ({why_not})")
 

@@ -44,6 +44,17 @@ class Remote:
         async with self._asked("POST", path, json=body) as response:
             return _parsed(await response.read())
 
+    async def pieces(self, path: str, query: Mapping[str, str]) -> AsyncIterator[bytes]:
+        """An answer as it comes, however long it is."""
+        async with self._asked("GET", path, params=query) as response:
+            async for piece in response.content.iter_any():
+                yield piece
+
+    async def send(self, path: str, query: Mapping[str, str], lines: bytes, headers: Mapping[str, str]) -> Any:
+        """What is said to lines of JSON."""
+        async with self._asked("POST", path, params=query, data=lines, headers=headers) as response:
+            return _parsed(await response.read())
+
     async def watch(self, method: str, path: str, body: Any, tell: Callable[[int, int], object]) -> Any:
         """The result of what takes its time; ``tell`` is told how many entries were looked at, and how many went."""
         async with self._asked(method, path, json=body, accept=NDJSON) as response:
@@ -58,12 +69,12 @@ class Remote:
 
     @asynccontextmanager
     async def _asked(
-        self, method: str, path: str, *, params: Any = None, json: Any = None, accept: str = "*/*"
+        self, method: str, path: str, *, accept: str = "*/*", headers: Mapping[str, str] | None = None, **options: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        headers = {**self._headers, "Accept": accept}
+        headers = {**self._headers, "Accept": accept, **(headers or {})}
         try:
             async with self._session.request(
-                method, self.url + path, params=params, json=json, headers=headers, allow_redirects=False
+                method, self.url + path, headers=headers, allow_redirects=False, **options
             ) as response:
                 if response.status != 200:
                     _refuse(response.status, await response.read(), self.url)

@@ -47,6 +47,16 @@ def raw(content: bytes) -> None:
         sys.stdout.buffer.write(content)
 
 
+def say(text: str) -> None:
+    """A line or more, of our own words."""
+    _write(text + "\n")
+
+
+def complain(text: str) -> None:
+    """A line on standard error, which may have other people's words in it."""
+    sys.stderr.write(_shown(text) + "\n")
+
+
 # Tables
 
 

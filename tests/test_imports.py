@@ -29,15 +29,15 @@ ONLY_IN = {
     "gateway.upstreams": ["gateway/upstreams/", "gateway/app.py", "gateway/live.py"],
     "gateway.http": ["gateway/http/", "gateway/app.py", "gateway/life.py"],
     "gateway.app": ["gateway/life.py", "gateway/live.py", "gateway/cli.py", "gateway/__main__.py"],
-    "gateway.remote": ["gateway/commands.py"],
-    "gateway.tables": ["gateway/commands.py"],
+    "gateway.remote": ["gateway/commands.py", "gateway/file_commands.py"],
+    "gateway.tables": ["gateway/commands.py", "gateway/file_commands.py"],
     "os.environ": ["gateway/config.py", "gateway/cli.py", "gateway/commands.py", "gateway/__main__.py"],
     "os.getenv": ["gateway/config.py", "gateway/cli.py", "gateway/commands.py", "gateway/__main__.py"],
 }
 # Imported only when it is configured, or asked for: a plain start must not pay for it.
 ONLY_INSIDE_FUNCTIONS_OF = {
-    "gateway.remote": ["gateway/commands.py"],
-    "gateway.tables": ["gateway/commands.py"],
+    "gateway.remote": ["gateway/commands.py", "gateway/file_commands.py"],
+    "gateway.tables": ["gateway/commands.py", "gateway/file_commands.py"],
     "langchain": ["gateway/upstreams/langchain.py"],
     "langchain_core": ["gateway/upstreams/langchain.py"],
     "langchain_community": ["gateway/upstreams/langchain.py"],

@@ -11,7 +11,7 @@ Format 1. The members of a line, in this order (those in brackets only where the
              both null where requests are not kept
     answer   frames: the chunks of the stream; body: the answer in one piece, where the model did not stream it, or it is
              not what the frames come to
-    timing   duration_us, at_us: when each frame arrived, in microseconds after the model was asked
+    timing   duration_us, [at_us]: when each frame arrived, in microseconds after the model was asked
     meta     written_at, started_at (Unix time), ttl_s, stale_s, flight, tags, [runs], [whole], [content]
 
 Where JSON that is written compactly would differ from what the model sent, by as little as a space, it stands there as a
@@ -80,9 +80,11 @@ class Line(NamedTuple):
             "body": self.body,
             "canonical": None if canonical is None else orjson.Fragment(canonical),
         }
-        marks = self.recording.marks
-        timing = {"duration_us": meta.duration_us, "at_us": marks.at_us.tolist() if marks else []}
         answer, told = _answer(self.recording), _told(meta)
+        timing: dict[str, Any] = {"duration_us": meta.duration_us}
+        at_us = self.recording.marks.at_us.tolist() if self.recording.marks else []
+        if "frames" in answer or set(at_us) != {meta.duration_us}:
+            timing["at_us"] = at_us
         if meta.whole and "frames" in answer:
             told["whole"] = True
         line = {"v": VERSION, "digest": self._digest(canonical), "request": request}
