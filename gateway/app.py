@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -13,7 +14,7 @@ from gateway.admin import Admin
 from gateway.config import Config, LangChainUpstreamConfig, Loaded, OpenAIUpstreamConfig, UpstreamConfig
 from gateway.core.apis import APIS
 from gateway.eraser import Eraser
-from gateway.errors import StoreUnavailable
+from gateway.errors import CommandFailed, StoreAway, StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
 from gateway.http.relay import Relay
@@ -22,7 +23,7 @@ from gateway.ports import Store, Upstream
 from gateway.pump import Rules
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Questions, Tenants
-from gateway.recordings import Recordings
+from gateway.recordings import Recordings, Whose
 from gateway.service import Service
 from gateway.sharing import Terms
 from gateway.store.embedded import EmbeddedServer
@@ -148,6 +149,22 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
 
     app.cleanup_ctx.append(closing)
     return app
+
+
+async def load_recordings(app: web.Application, config: Config) -> None:
+    """What `serve` starts with. Raises `ConfigError`, and `CommandFailed` where the store is away.
+
+    Each worker does it: what is there already is written once more, and changes nothing.
+    """
+    if not config.cache.recordings:
+        return
+    path = Path(config.cache.recordings)
+    whose: Whose = "everyone" if config.cache.scope == "shared" else "recorded"
+    try:
+        taken = await app[RECORDINGS].take_file(path, whose=whose)
+    except StoreAway as error:
+        raise CommandFailed(f"{path} cannot be loaded: {error.message}") from None
+    log.info("%d recordings of %s can be replayed", taken.counts["imported"] + taken.counts["kept"], path)
 
 
 def _cache_rules(config: Config) -> CacheRules:

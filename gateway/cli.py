@@ -49,13 +49,19 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="check the configuration", description="Checks the configuration and prints what would run."
     )
     for command, run in ((serve, _serve), (check, _check)):
-        command.set_defaults(run=partial(_run, run), workers=None, worker=None)
+        command.set_defaults(run=partial(_run, run), workers=None, worker=None, recordings=None)
         command.add_argument(
             "--config", type=Path, metavar="FILE", help="the configuration (default: config.toml, if there is one here)"
         )
         command.add_argument("--host", help="the address to listen on, instead of [server] host")
         command.add_argument("--port", type=int, help="the port to listen on, instead of [server] port; 0: a free one")
     serve.add_argument("--workers", type=int, help="how many processes serve, instead of [server] workers")
+    serve.add_argument(
+        "--recordings",
+        type=os.path.abspath,
+        metavar="FILE",
+        help="answer from this file of `gateway export` too, instead of [cache] recordings",
+    )
     serve.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a supervisor's: the file descriptor to hear it on
     commands.add_parsers(known)
     file_commands.add_parsers(known)
@@ -81,9 +87,12 @@ def _log_as(loaded: Loaded) -> None:
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    names = ("host", "port", "workers")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {"server": given} if given else {}
+    sections = {"server": ("host", "port", "workers"), "cache": ("recordings",)}
+    given = {
+        section: {name: value for name in names if (value := getattr(options, name)) is not None}
+        for section, names in sections.items()
+    }
+    return {section: values for section, values in given.items() if values}
 
 
 def _work(options: argparse.Namespace) -> int:

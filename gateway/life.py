@@ -9,7 +9,17 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Protocol
 
-from gateway.app import ADJUSTABLE, RUNNER_OPTIONS, RUNNING, SERVICE, SystemClock, announcement, build_app, open_store
+from gateway.app import (
+    ADJUSTABLE,
+    RUNNER_OPTIONS,
+    RUNNING,
+    SERVICE,
+    SystemClock,
+    announcement,
+    build_app,
+    load_recordings,
+    open_store,
+)
 from gateway.config import Loaded, ServerConfig
 from gateway.errors import ConfigError
 from gateway.http.edge import Running
@@ -98,6 +108,7 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS)
         stack.push_async_callback(server.close)
         await server.open()
+        await load_recordings(app, config)
         sockets = boss.sockets(config.server)
         address = sockets[0].getsockname()
         await server.listen(sockets)

@@ -38,13 +38,14 @@ _MOST_ERRORS = 1000
 _MOST_PROBLEMS = 20
 
 Done = TypeVar("Done")
+Whose = Literal["recorded", "everyone", "caller"]
 Outcome = Literal["imported", "kept", "expired", "purged", "failed"]
 
 
 class Terms(NamedTuple):
     """How recordings are taken in."""
 
-    whose: Literal["recorded", "everyone", "caller"] = "recorded"
+    whose: Whose = "recorded"
     """Whom they are for: whom they were for where they come from, everyone, or the caller with ``headers``."""
     headers: Mapping[str, str] = {}
     ttl_s: float | None = None
@@ -173,7 +174,7 @@ class Recordings:
             await self._take_all(waiting, terms, taken)
         return taken
 
-    async def take_file(self, path: Path, *, whose: Literal["recorded", "everyone"]) -> Taken:
+    async def take_file(self, path: Path, *, whose: Whose) -> Taken:
         """Takes a file in, for good. Raises `ConfigError` with what is wrong with it."""
         try:
             taken = await self.take(_lines_of(path), Terms(whose, ttl_s=FOREVER_S))

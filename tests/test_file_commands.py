@@ -1,10 +1,12 @@
 """``gateway export`` and ``gateway import``: files that are sorted, complete, and right on another machine."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from served import ENVIRON, PROGRAM, Served
 from test_commands import exit_code, in_a_directory_with_a_request, run_main  # noqa: F401  # a fixture
 from test_recordings import ALICE, SHARED, fill, misses, replies, start  # noqa: F401  # a fixture
 
@@ -189,3 +191,61 @@ async def test_files_that_cannot_be_read_are_told(there, run):
     code, _, err = await run(there, "import", "missing.jsonl")
     assert code == 2
     assert "missing.jsonl cannot be read: No such file" in err
+
+
+# A gateway that starts with a file
+
+
+SIMULATED = {"model": "simulated", "max_tokens": 2}
+
+
+@pytest.fixture
+async def ci_file(start, run):  # noqa: F811
+    """A file of what the simulated model has said, made by a gateway with tenants, and old."""
+    here = await start(upstreams=[{"name": "simulated", "kind": "simulated", "models": ["simulated"], "tokens_per_s": 1e6}])
+    await fill(here, "hi", **SIMULATED)
+    await run(here, "export", "-o", "ci.jsonl")
+    [line] = map(json.loads, lines_of("ci.jsonl"))
+    line["meta"]["written_at"] -= 1e7
+    line["meta"]["started_at"] -= 1e7
+    write("ci.jsonl", json.dumps(line))
+
+
+@pytest.mark.parametrize("options", [["--recordings", "ci.jsonl"], ["--recordings", "ci.jsonl", "--workers", "2"], []])
+def test_a_gateway_starts_with_a_file_of_any_age(ci_file, options, tmp_path):
+    environ = {"GATEWAY_CACHE_SCOPE": "shared"} | ({} if options else {"GATEWAY_CACHE_RECORDINGS": "ci.jsonl"})
+    with Served(tmp_path, *options, **environ) as served:
+        assert "1 recordings of " in served.said
+        told = [served.chat("hi")[0] for _ in range(8)]
+        assert all(status.startswith("gateway; hit") for status in told), told
+        assert served.chat("ho")[0].startswith("gateway; fwd=miss")
+        assert served.end() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_file_that_is_wrong_keeps_a_gateway_from_starting(ci_file, workers, tmp_path):
+    arguments = ["serve", "--port", "0", "--workers", workers, "--recordings"]
+    bad = read("ci.jsonl") + b"\n{}\n"
+    for text, message in ((bad, ":2: v: is missing"), (read("ci.jsonl"), ":1: request.owner: is a tenant of another")):
+        write("bad.jsonl", text)
+        environ = {**ENVIRON, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+        if text == bad:
+            environ["GATEWAY_CACHE_SCOPE"] = "shared"
+        command = [*PROGRAM, *arguments, "bad.jsonl"]
+        ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40, check=False)
+        assert ended.returncode == 2
+        assert f"error: {tmp_path}/bad.jsonl{message}" in ended.stderr
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    environ = {**ENVIRON, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    command = [*PROGRAM, "serve", "--port", "0", "--recordings", "none.jsonl"]
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40, check=False)
+    assert (ended.returncode, "none.jsonl: cannot be read: No such file" in ended.stderr) == (2, True)
+
+
+def test_without_its_store_a_gateway_does_not_start_with_a_file(ci_file, tmp_path):
+    environ = {**ENVIRON, "HOME": str(tmp_path), "GATEWAY_REDIS_URL": f"unix://{tmp_path}/nobody.sock"}
+    command = [*PROGRAM, "serve", "--port", "0", "--recordings", "ci.jsonl"]
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40, check=False)
+    assert (ended.returncode, "ci.jsonl cannot be loaded: The store cannot be asked" in ended.stderr) == (1, True)
