@@ -166,9 +166,21 @@ def _access(options: argparse.Namespace) -> tuple[str, str]:
         raise CommandFailed("no admin key: the variable that --key-env or [admin] key_env names is not set", 2)
     if not key.isprintable():
         raise CommandFailed("the admin key has characters that no header can hold", 2)
+    return _checked(url), key
+
+
+def address(options: argparse.Namespace) -> str:
+    """Where the gateway is, for those who need no key of its administration."""
+    if options.url:
+        return _checked(options.url)
+    server = load(options.config, os.environ, secrets_needed=False).config.server
+    return _url(server.host, server.port)
+
+
+def _checked(url: str) -> str:
     if not _is_address(url):
         raise CommandFailed("--url must begin with http:// or https://, and have a host and no user or query", 2)
-    return url.rstrip("/").removesuffix("/v1"), key
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def _is_address(url: str) -> bool:
@@ -270,7 +282,7 @@ async def _explain(remote: "Remote", options: argparse.Namespace) -> int:
 
     request = _read_request(options.file)
     api = options.api or ("completions" if "prompt" in request and "messages" not in request else "chat")
-    headers = dict(map(_header, options.header))
+    headers = dict(map(header, options.header))
     if options.caller_key_env:
         headers["Authorization"] = f"Bearer {caller_key(options.caller_key_env)}"
     found = await remote.post("/admin/explain", {"api": api, "request": request, "headers": headers})
@@ -299,7 +311,8 @@ def _read_request(file: str) -> dict[str, Any]:
     return dict(request)
 
 
-def _header(text: str) -> tuple[str, str]:
+def header(text: str) -> tuple[str, str]:
+    """The value of ``--header``. Raises `CommandFailed`."""
     name, colon, value = text.partition(":")
     if not (colon and name.strip()):
         raise CommandFailed("--header must be 'NAME: VALUE'", 2)

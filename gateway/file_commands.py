@@ -1,22 +1,26 @@
 """The commands that carry recordings between a running gateway and files."""
 
 import argparse
+import asyncio
 import importlib
 import re
 import sys
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
-from gateway.commands import caller_key, new_parser
+from gateway.commands import address, caller_key, header, new_parser, positive
 from gateway.core.jsonl import BadLine, Line, order_of
 from gateway.core.lines import Lines
 from gateway.core.redaction import Redact, Rule, by_rules
 from gateway.errors import CommandFailed
 from gateway.sorting import Sorter
+from gateway.warm import COUNTED, Progress, Requests, State, Terms, Warmer
 
 if TYPE_CHECKING:
     from gateway.remote import Remote
@@ -63,6 +67,7 @@ def add_parsers(commands: Any) -> None:
         metavar="MODULE:FUNCTION",
         help="have this function change each line's object: it returns what is to be written, or None",
     )
+    _add_warm(commands)
     into = new_parser(
         commands, "import", "take in what was exported", "gateway import ci.jsonl --everyone --ttl 86400", _import
     )
@@ -73,6 +78,47 @@ def add_parsers(commands: Any) -> None:
     whose.add_argument(
         "--caller-key-env", metavar="NAME", help="they are for the caller whose key is in this variable (default: as before)"
     )
+
+
+def _add_warm(commands: Any) -> None:
+    warm: argparse.ArgumentParser = commands.add_parser(
+        "warm",
+        help="fill the cache with the answers to a file of requests",
+        description="Sends the requests of a file through a running gateway, so that their answers are stored.",
+        epilog="A request is a line: OpenAI's Batch input format, or a plain body. Interrupted, it goes on from there when\n"
+        "it is called again.\n\nexample:\n  gateway warm requests.jsonl --concurrency 16 --rate 20",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    warm.set_defaults(run=_run_warm)
+    warm.add_argument("requests", type=Path, metavar="FILE", help="the requests, a line of JSON each")
+    warm.add_argument("--url", help="where the gateway is (default: [server] host and port)")
+    warm.add_argument(
+        "--config", type=Path, metavar="FILE", help="the configuration (default: config.toml, if there is one here)"
+    )
+    warm.add_argument("--caller-key-env", metavar="NAME", help="the variable that holds the key of the caller to ask as")
+    warm.add_argument(
+        "--header", action="append", default=[], metavar="'NAME: VALUE'", help="sent with each request; may be repeated"
+    )
+    warm.add_argument("--concurrency", type=positive, default=8, metavar="N", help="how many at a time (default: 8)")
+    warm.add_argument("--rate", type=_rate, metavar="N", help="no more than so many a second")
+    warm.add_argument(
+        "--retries", type=int, default=4, metavar="N", help="how many times what may pass is tried again (default: 4)"
+    )
+    warm.add_argument(
+        "--failures", type=Path, metavar="FILE", help="where failures are written (default: FILE.failed.jsonl)"
+    )
+    warm.add_argument("--restart", action="store_true", help="begin anew, whatever was done before")
+    warm.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError("it must be a number above 0")
+    return rate
 
 
 # Out
@@ -245,3 +291,59 @@ def _batches(file: Iterable[bytes]) -> Iterator[tuple[int, list[bytes]]]:
         size += len(line)
     if lines:
         yield first, lines
+
+
+# Through the gateway
+
+
+def _run_warm(options: argparse.Namespace) -> int:
+    url = address(options)
+    headers = dict(map(header, options.header))
+    if options.caller_key_env:
+        headers["Authorization"] = f"Bearer {caller_key(options.caller_key_env)}"
+    failures = options.failures or options.requests.with_name(f"{options.requests.name}.failed.jsonl")
+    with _input(str(options.requests)) as file:
+        total = sum(1 for _ in file)
+    began_s = time.monotonic()
+    try:
+        progress = asyncio.run(_warm(options, url, headers, failures, total))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command goes on from here\n")
+        raise
+    if not failures.stat().st_size:
+        failures.unlink()
+    _summarise(progress, failures, time.monotonic() - began_s, as_json=options.json)
+    return 1 if progress.counts["errors"] else 0
+
+
+async def _warm(options: argparse.Namespace, url: str, headers: dict[str, str], failures: Path, total: int) -> Progress:
+    from gateway import tables  # noqa: PLC0415
+    from gateway.remote import Caller  # noqa: PLC0415
+
+    state = State(options.requests)
+    if options.restart:
+        state.forget()
+    async with Caller(url, headers, options.concurrency) as caller:
+        await caller.check()
+        with _input(str(options.requests)) as file:
+            requests = Requests(file)
+            progress, left = state.load(requests)
+            with (
+                failures.open("ab" if requests.read else "wb") as failed,
+                tables.warming(total, progress.done) as tell,
+            ):
+                terms = Terms(options.concurrency, options.rate, options.retries)
+                warmer = Warmer(caller.ask, terms, progress, failed, lambda: tell(progress.count, progress.counts))
+                await warmer.run(chain(left, requests), lambda: state.save(progress, requests))
+    state.forget()
+    return progress
+
+
+def _summarise(progress: Progress, failures: Path, seconds: float, *, as_json: bool) -> None:
+    from gateway import tables  # noqa: PLC0415
+
+    counts = progress.counts
+    found: dict[str, Any] = {name: counts[name] for name in ("hits", "misses", "errors", "retries")}
+    found |= {"requests": sum(counts[name] for name in COUNTED), "unstored": dict(progress.unstored)}
+    found |= {"failures": str(failures) if counts["errors"] else None, "seconds": round(seconds, 3)}
+    tables.document(found) if as_json else tables.warmed(found)

@@ -8,10 +8,13 @@ import aiohttp
 import orjson
 
 from gateway.errors import CommandFailed
+from gateway.warm import Reply
 
 NDJSON = "application/x-ndjson"
 # A purge tells more often than that how far it is.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=60.0)
+# An answer that is wanted whole comes all at once, when a model has said all.
+_PATIENT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=3900.0)
 _LONGEST_LINE_BYTES = 1 << 24
 _IS_OFF = (
     "the administration is off there: in the gateway's configuration, [admin] key_env names the environment variable that "
@@ -83,6 +86,39 @@ class Remote:
             raise CommandFailed(f"{self.url} is not a URL", 2) from None
         except (aiohttp.ClientError, TimeoutError) as error:
             raise CommandFailed(f"the gateway at {self.url} cannot be reached: {_reason(error)}") from None
+
+
+class Caller:
+    """A gateway as its callers see it."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], concurrency: int) -> None:
+        self._url = url
+        self._headers = headers
+        self._concurrency = concurrency
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=self._concurrency)
+        self._session = aiohttp.ClientSession(timeout=_PATIENT, connector=connector, headers=self._headers)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def check(self) -> None:
+        """Raises `CommandFailed` where no gateway answers."""
+        try:
+            async with self._session.get(f"{self._url}/healthz") as response:
+                if response.status != 200:
+                    raise CommandFailed(f"what answers at {self._url} is no gateway (status {response.status})")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise CommandFailed(f"the gateway at {self._url} cannot be reached: {_reason(error)}") from None
+
+    async def ask(self, path: str, body: Any) -> Reply:
+        try:
+            async with self._session.post(self._url + path, json=body) as response:
+                return Reply(response.status, response.headers, await response.read())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return Reply(0, {}, _reason(error).encode())
 
 
 def _reason(error: Exception) -> str:
