@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = web.AppKey("service", Service)
 STREAMS = web.AppKey("streams", Streams)
+ADMIN = web.AppKey("admin", Admin)
 RECORDINGS = web.AppKey("recordings", Recordings)
 RUNNING = web.AppKey("running", edge.Running)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
@@ -122,19 +123,19 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
     app[RECORDINGS] = Recordings(store, store, router=router, tenants=tenants, rules=rules, purges=purges, clock=clock)
+    app[ADMIN] = Admin(
+        store,
+        store,
+        questions=questions,
+        router=router,
+        models=rules.models,
+        purges=purges,
+        tally=tally,
+        eraser=eraser,
+        clock=clock,
+    )
     if admin_key and config.admin.is_open:
-        about = Admin(
-            store,
-            store,
-            questions=questions,
-            router=router,
-            models=rules.models,
-            purges=purges,
-            tally=tally,
-            eraser=eraser,
-            clock=clock,
-        )
-        admin.add_routes(app, about, app[RECORDINGS], lambda: adjustable.admin_key)
+        admin.add_routes(app, app[ADMIN], app[RECORDINGS], lambda: adjustable.admin_key)
     _add_routes(app, config, store, router)
     app.router.add_get("/readyz", small.readiness(store, running))
 

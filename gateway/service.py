@@ -111,6 +111,10 @@ class Service:
         if opened.model:  # a resumed stream was counted when it was asked for
             self._count(reader, opened)
 
+    async def ended(self) -> None:
+        """Returns when no call runs, and all answers are stored that are to be."""
+        await self._flights.ended()
+
     async def close(self) -> None:
         """Ends all running answers with an error that their callers are told."""
         for reader in list(self.replays):

@@ -27,11 +27,18 @@ ONLY_IN = {
     "gateway.store": ["gateway/store/", "gateway/app.py"],
     "gateway.store.embedded": ["gateway/store/", "gateway/app.py", "gateway/supervisor.py"],
     "gateway.upstreams": ["gateway/upstreams/", "gateway/app.py", "gateway/live.py"],
-    "gateway.http": ["gateway/http/", "gateway/app.py", "gateway/life.py"],
-    "gateway.app": ["gateway/life.py", "gateway/live.py", "gateway/cli.py", "gateway/__main__.py"],
+    "gateway.http": ["gateway/http/", "gateway/app.py", "gateway/life.py", "gateway/rehearsal.py"],
+    "gateway.app": ["gateway/life.py", "gateway/rehearsal.py", "gateway/live.py", "gateway/cli.py", "gateway/__main__.py"],
     "gateway.remote": ["gateway/commands.py", "gateway/file_commands.py"],
     "gateway.tables": ["gateway/commands.py", "gateway/file_commands.py"],
-    "os.environ": ["gateway/config.py", "gateway/cli.py", "gateway/commands.py", "gateway/__main__.py"],
+    "pytest": ["gateway/testing.py"],
+    "os.environ": [
+        "gateway/rehearsal.py",
+        "gateway/config.py",
+        "gateway/cli.py",
+        "gateway/commands.py",
+        "gateway/__main__.py",
+    ],
     "os.getenv": ["gateway/config.py", "gateway/cli.py", "gateway/commands.py", "gateway/__main__.py"],
 }
 # Imported only when it is configured, or asked for: a plain start must not pay for it.
