@@ -118,7 +118,10 @@ class Recordings:
             for some in _bounded(meant, lambda each: each.meta.size_bytes):
                 with store_is_needed():
                     found = await asyncio.gather(*(self._inspected(each.key) for each in some))
-                lines = [await self._line(each) for each in found if each]
+                lines = []
+                for each in filter(None, found):
+                    lines.append(await self._line(each))
+                    await asyncio.sleep(0)  # others have their turn between two lines
                 unreadable += lines.count(b"")
                 yield b"".join(line + b"\n" for line in lines if line)
             if not meant:
@@ -185,7 +188,7 @@ class Recordings:
         return taken
 
     async def _take_all(self, waiting: Sequence[tuple[int, bytes | None]], terms: Terms, taken: Taken) -> None:
-        """Those of one question in the order of the file, all others beside each other."""
+        """Beside each other: of one question the latest recording stays, whichever comes first."""
 
         async def take(number: int, text: bytes | None) -> None:
             try:
@@ -193,7 +196,16 @@ class Recordings:
             except BadLine as error:
                 taken.add("failed", number, str(error))
 
-        await asyncio.gather(*(take(*each) for each in waiting))
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for each in waiting:
+                tasks.append(asyncio.get_running_loop().create_task(take(*each)))
+                await asyncio.sleep(0)  # others have their turn between two lines
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         taken.failures.sort()
 
     async def _take(self, text: bytes | None, terms: Terms) -> Outcome:

@@ -1,7 +1,9 @@
 """Recordings on their way from one gateway to another one with another secret, and what must not travel with them."""
 
 import json
+from contextlib import suppress
 
+import aiohttp
 import pytest
 from running import Got
 from scripted import stream, whole_answer
@@ -143,6 +145,29 @@ async def test_a_recording_is_found_though_the_other_deployment_calls_its_upstre
     assert await replies(there, "hi", seed=3, model="fast")
     assert await replies(there, "hi", seed=4, model="fast")  # by its own rules of what is in a key
     assert await misses(there, "hi", seed=3, model="slow")
+
+
+async def test_what_a_fallback_has_said_stays_the_fallbacks(start, upstream):
+    async def only_the_spare_one_answers(asked):
+        if asked.json["model"] == "main":
+            await asked.answer({"error": {"message": "down"}}, 503)
+        else:
+            await stream(asked, "spare")
+
+    upstream.script = only_the_spare_one_answers
+    both = [
+        {"name": name, "kind": "openai", "base_url": upstream.base_url, "models": [name], "api_key_env": "KEY"}
+        for name in ("main", "spare")
+    ]
+    sections = {"upstreams": both, "models": [{"names": ["main"], "fallbacks": ["spare"]}], "cache": SHARED}
+    here, there = await start(**sections), await start(**sections)
+    await fill(here, "hi", model="main")
+    [line] = lines = await export(here)
+    asked = json.loads(line)["request"]
+    assert (asked["upstream"], asked["model"], asked["body"]["model"]) == ("spare", "spare", "main")
+    assert await take(there, lines) == counted(imported=1)
+    assert await replies(there, "hi", model="spare") == await replies(here, "hi", model="spare")
+    assert await misses(there, "hi", model="main")
 
 
 # Whose they are
@@ -312,6 +337,20 @@ async def test_what_does_not_load_is_left_out_and_the_rest_is_there(start):
 
 
 # Faults
+
+
+async def test_who_leaves_in_the_middle_of_an_import_leaves_no_task(start, no_task_is_left):
+    here, there = await start(cache=SHARED), await start(cache=SHARED)
+    await fill(here, "one", "two")
+    lines = await export(here)
+
+    async def some_then_gone():
+        yield lines[0] + b"\n"
+        raise ConnectionResetError
+
+    with suppress(ConnectionResetError, aiohttp.ClientError):
+        await ask(there, "POST", data=some_then_gone())
+    assert await take(there, lines) == counted(imported=2)
 
 
 async def test_without_the_store_there_is_neither(start, own_redis):
