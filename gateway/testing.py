@@ -13,7 +13,7 @@ In a test::
 ``pytest --gateway-mode=record`` asks the models of your ``config.toml`` (or of the file that the ini option
 ``gateway_config`` names), and keeps what they say for ``test_x.py`` in ``test_x.recordings.jsonl``. From then on ``pytest``
 replays it: no model is asked, no key is needed, and a test fails that asks for what is not recorded, with what is different.
-``--gateway-mode=cache`` asks only for what is not recorded yet. The file is that of `gateway.core.jsonl`: commit it.
+``--gateway-mode=cache`` asks only for what is not recorded yet; there the gateway needs keys of its own. The file is that of `gateway.core.jsonl`: commit it.
 """
 
 import subprocess
@@ -210,9 +210,10 @@ class _Process:
 
 
 def _told(missed: list[dict[str, Any]], recordings: Path) -> str:
-    many = f"{len(missed)} requests are" if len(missed) > 1 else "a request is"
+    once = {orjson.dumps([each["path"], each["request"]]): each for each in missed}  # clients try again
+    many = f"{len(once)} requests are" if len(once) > 1 else "a request is"
     lines = [f"{many} not recorded in {recordings}:"]
-    for each in missed:
+    for each in once.values():
         lines += [
             f"  POST {each['path']} {orjson.dumps(each['request']).decode()}",
             f"  key {each['key']}: {_difference(each['nearest'])}",

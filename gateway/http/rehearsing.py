@@ -36,6 +36,7 @@ def middleware(directives: str, about: Callable[[], Admin], note: Note) -> Middl
             return await handler(request)
         except NotCached as error:
             note(await _missing(request, api, about(), error))
+            error.headers["x-should-retry"] = "false"  # OpenAI's clients: it will be missing again
             raise
 
     return rehearse
