@@ -160,7 +160,7 @@ async def load_recordings(app: web.Application, config: Config) -> None:
     if not config.cache.recordings:
         return
     path = Path(config.cache.recordings)
-    whose: Whose = "everyone" if config.cache.scope == "shared" else "recorded"
+    whose: Whose = "everyone" if _is_shared(config) else "recorded"
     try:
         taken = await app[RECORDINGS].take_file(path, whose=whose)
     except StoreAway as error:
@@ -168,10 +168,15 @@ async def load_recordings(app: web.Application, config: Config) -> None:
     log.info("%d recordings of %s can be replayed", taken.counts["imported"] + taken.counts["kept"], path)
 
 
+def _is_shared(config: Config) -> bool:
+    """Whether answers are everybody's."""
+    return config.cache.scope == "shared"
+
+
 def _cache_rules(config: Config) -> CacheRules:
     cache = config.cache
     return CacheRules(
-        shared=cache.scope == "shared",
+        shared=_is_shared(config),
         ignored_paths=cache.ignored_paths,
         fresh_identity=config.replay.identity == "fresh",
         pace=config.replay.as_pace(),

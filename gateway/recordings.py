@@ -216,7 +216,9 @@ class Recordings:
         key, meta = self._placed(line, terms)
         now = self._clock.now()
         if terms.ttl_s is not None:
-            meta = meta._replace(ttl_s=max(0.0, now - meta.written_at) + terms.ttl_s)
+            # For ever is the same whenever it is said, so that the next export is, too.
+            before_s = max(0.0, now - meta.written_at) if terms.ttl_s < FOREVER_S else 0.0
+            meta = meta._replace(ttl_s=before_s + terms.ttl_s)
         life_s = meta.written_at + meta.ttl_s + meta.stale_s - now
         if life_s <= 0:
             return "expired"

@@ -27,7 +27,8 @@ from gateway.live import Live
 from gateway.recordings import FOREVER_S
 from gateway.sockets import bind
 
-# What the requests of each mode say of the cache. Once there is `[cache] mode`, `_load` is to set that instead.
+# What the requests of each mode say of the cache. Once there is `[cache] mode`, this is the one place to switch: no request
+# has to say anything then, and `_FLAGS` get the mode, and that what is missing is refused.
 _DIRECTIVES = {"replay": "only-if-cached", "record": "no-cache", "cache": ""}
 # Recordings of tests are everybody's, and never grow old.
 _FLAGS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,8 @@ In a test::
 ``pytest --gateway-mode=record`` asks the models of your ``config.toml`` (or of the file that the ini option
 ``gateway_config`` names), and keeps what they say for ``test_x.py`` in ``test_x.recordings.jsonl``. From then on ``pytest``
 replays it: no model is asked, no key is needed, and a test fails that asks for what is not recorded, with what is different.
-``--gateway-mode=cache`` asks only for what is not recorded yet; there the gateway needs keys of its own. The file is that of `gateway.core.jsonl`: commit it.
+``--gateway-mode=cache`` asks only for what is not recorded yet, where the gateway has the key, not each caller. The file is
+that of `gateway.core.jsonl`: commit it.
 """
 
 import subprocess

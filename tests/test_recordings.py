@@ -11,6 +11,7 @@ from scripted import stream, whole_answer
 from gateway.core.jsonl import order_of
 from gateway.errors import StoreUnavailable
 from gateway.http.recordings import CALLER
+from gateway.recordings import FOREVER_S
 
 ADMIN = "open-sesame"
 ALICE = {"Authorization": "Bearer sk-alice-0123456789"}
@@ -283,6 +284,9 @@ async def test_a_later_recording_stays_and_what_has_expired_stays_out(start):
     assert await misses(fresh, "hi")
     assert await take(fresh, lines[1:], "?ttl_s=600") == counted(imported=1)
     assert await replies(fresh, "hi")
+    assert await take(fresh, lines[1:], f"?ttl_s={FOREVER_S}") == counted(imported=1)
+    [line] = await export(fresh)
+    assert json.loads(line)["meta"]["ttl_s"] == FOREVER_S
 
 
 async def test_what_was_purged_does_not_come_back_by_a_copy(start):

@@ -10,13 +10,14 @@ from multidict import CIMultiDict
 
 from gateway.admin import Admin
 from gateway.core.apis import APIS, Api
-from gateway.errors import GatewayError, NotCached
+from gateway.errors import GatewayError
 from gateway.http.completions import controls_of
 from gateway.http.edge import Handler
 from gateway.questions import Request
 
 Note = Callable[[dict[str, Any]], object]
 
+_MISSING = ("not_cached", "not_recorded")
 _APIS = {f"/v1/{api.path}": api for api in APIS.values()}
 
 
@@ -34,7 +35,9 @@ def middleware(directives: str, about: Callable[[], Admin], note: Note) -> Middl
             request = request.clone(headers=headers)
         try:
             return await handler(request)
-        except NotCached as error:
+        except GatewayError as error:
+            if error.code not in _MISSING:
+                raise
             note(await _missing(request, api, about(), error))
             error.headers["x-should-retry"] = "false"  # OpenAI's clients: it will be missing again
             raise
@@ -47,6 +50,9 @@ async def _missing(request: web.Request, api: Api, about: Admin, error: GatewayE
     body = orjson.loads(await request.read())
     asked = Request(api, body, request.headers, controls_of(request.headers, body))
     told: dict[str, Any] = {"path": request.path, "request": body, "message": error.message, "key": "", "nearest": None}
+    said = error.body()["error"]
+    if "key" in said:
+        return told | {"key": said["key"], "nearest": said["nearest"]}
     try:
         explained = await about.explain(asked)
     except GatewayError:
