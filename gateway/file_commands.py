@@ -6,7 +6,7 @@ import importlib
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,8 @@ from gateway.warm import COUNTED, Progress, Requests, State, Terms, Warmer
 
 if TYPE_CHECKING:
     from gateway.remote import Remote
+
+Write = Callable[[bytes], object]
 
 _PATH = "/admin/recordings"
 _LONGEST_LINE_BYTES = 268_435_456
@@ -129,14 +131,15 @@ async def _export(remote: "Remote", options: argparse.Namespace) -> int:
 
     redact = _redaction(options)
     seen = 0
-    with Sorter() as sorter, tables.progress("recordings", None) as tell:
-        async for line in _lines(remote, options):
-            if redacted := _redacted(line, redact):
-                sorter.add(_record(redacted))
-            seen += 1
-            tell(seen, 0)
-        with _output(options.output) as file:
-            written = _write(file, sorter.sorted())
+    with Sorter() as sorter:
+        with tables.progress("recordings", None) as tell:
+            async for line in _lines(remote, options):
+                if redacted := _redacted(line, redact):
+                    sorter.add(_record(redacted))
+                seen += 1
+                tell(seen, 0)
+        with _output(options.output) as write:
+            written = _write(write, sorter.sorted())
     if options.output and options.json:
         tables.document({"written": written})
     elif options.output:
@@ -207,30 +210,31 @@ def _record(line: bytes) -> bytes:
     return b"\0".join((question, order, line))  # no JSON text holds a zero byte
 
 
-def _write(file: IO[bytes], records: Iterable[bytes]) -> int:
+def _write(write: Write, records: Iterable[bytes]) -> int:
     """Of each question the latest recording."""
     count, last = 0, b""
     for record in records:
         rest, _, line = record.rpartition(b"\0")
         question = rest.rpartition(b"\0")[0]
         if question != last:
-            file.write(line + b"\n")
+            write(line + b"\n")
             count += 1
         last = question
     return count
 
 
 @contextmanager
-def _output(path: Path | None) -> Iterator[IO[bytes]]:
+def _output(path: Path | None) -> Iterator[Write]:
     """A file is there in full, or as it was before."""
     if path is None:
-        sys.stdout.flush()
-        yield sys.stdout.buffer
+        from gateway import tables  # noqa: PLC0415
+
+        yield tables.raw
         return
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as file:
-            yield file
+            yield file.write
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -269,7 +269,7 @@ class Recordings:
                 raise BadLine("request.owner: is a tenant of another deployment: say whose it is to be here")
             return meta.owner
         if terms.whose != "caller" and not shared:
-            raise BadLine("request.owner: is everyone, but here each caller has its own answers: say whose it is to be")
+            raise BadLine(f"request.owner: is everyone, but {_why_not_shared(passes=passes)}: say whose it is to be")
         owner = self._tenants.owner(terms.headers, shared=shared)
         return f"{owner}/{namespace}" if namespace else owner
 
@@ -303,6 +303,12 @@ class _As(NamedTuple):
     upstream: Any
     model: str
     ignored_paths: tuple[str, ...]
+
+
+def _why_not_shared(*, passes: bool) -> str:
+    if passes:
+        return "here callers pay with their own keys, and have their own answers"
+    return "here callers have their own answers ([cache] scope)"
 
 
 def _check_that_it_is_kept(line: Line, rules: ModelRules) -> None:

@@ -41,7 +41,7 @@ def lines(values: Iterable[Any]) -> None:
 def raw(content: bytes) -> None:
     """As it is; for a terminal without what could steer it."""
     if sys.stdout.isatty():
-        _write(_lines_shown(content.decode("utf-8", "replace")) + "\n")
+        _write(_lines_shown(content.decode("utf-8", "replace").removesuffix("\n")) + "\n")
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(content)

@@ -190,7 +190,7 @@ async def test_a_tenants_recording_goes_to_whom_it_is_said_to_be_for(start, upst
     foreign = "request.owner: is a tenant of another deployment: say whose it is to be here"
     refused = counted([{"line": 1, "message": foreign}])
     assert await take(there, lines) == await take(shared, lines) == refused
-    own = "request.owner: is everyone, but here each caller has its own answers: say whose it is to be"
+    own = "request.owner: is everyone, but here callers have their own answers ([cache] scope): say whose it is to be"
     assert await take(there, lines, "?everyone=true") == counted([{"line": 1, "message": own}])
     assert await take(there, lines, **{CALLER: BOB["Authorization"]}) == counted(imported=1)
     assert await replies(there, "hi", BOB) == await replies(here, "hi", ALICE)
@@ -223,7 +223,9 @@ async def test_where_callers_pay_themselves_a_namespace_needs_a_caller(start, up
     team = {"Gateway-Cache-Namespace": "team-a"}
     await fill(here, "hi", headers={**team, **ALICE})
     lines = await export(here)
-    assert (await take(there, lines))["failed"] == (await take(there, lines, "?everyone=true"))["failed"] == 1
+    assert (await take(there, lines))["failed"] == 1
+    [error] = (await take(there, lines, "?everyone=true"))["errors"]
+    assert "here callers pay with their own keys" in error["message"]
     assert await take(there, lines, **{CALLER: BOB["Authorization"]}) == counted(imported=1)
     assert await replies(there, "hi", {**team, **BOB})
     assert await misses(there, "hi", {**team, **ALICE})
