@@ -6,40 +6,33 @@ Nothing here is on the way of a request. `gateway.eraser` is how to be rid of it
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import orjson
 
-from gateway.core.apis import Api, RequestProblem
-from gateway.core.explain import Nearest, left_out, nearest
-from gateway.core.key import MAX_SAMPLES, CacheKey, canonical_text, sample_key
+from gateway.core.explain import left_out
+from gateway.core.key import MAX_SAMPLES, CacheKey, sample_key
 from gateway.core.policy import RuleBook, age_s, remaining_s
 from gateway.core.purge import Selector
 from gateway.core.recording import Meta, Recording
 from gateway.eraser import Eraser, Once, Tell, Wanted, models_meant, store_is_needed
 from gateway.errors import EntryNotFound, StoreCorrupt
+from gateway.nearby import Nearby
 from gateway.ports import Clock, Inventory, Listed, Store
 from gateway.purges import Purges, labels_of
-from gateway.questions import Asked, Questions, Request, Router
+from gateway.questions import Questions, Request, Router
 from gateway.tally import Tally
 
 # No listing takes longer, however few of the entries it is about.
 _LISTING_S = 1.0
 _LISTING_PAGES = 1000
-_MAX_CANDIDATES = 100
-_MAX_CANDIDATES_BYTES = 20_000_000
 _ASKED = ("hits", "misses", "collapsed")
 """The requests that the cache could have answered."""
 _COUNTED = (*_ASKED, "stale", "bypassed", "errors", "stored")
 """``stale`` are those of the hits that were not fresh any more, ``errors`` those of all requests that failed."""
 _PRICED = {"saved_prompt_tokens": "input_usd_per_million", "saved_completion_tokens": "output_usd_per_million"}
 _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-
-
-_Candidate = tuple[Meta, dict[str, Any]]
-"""What is known of an entry, and the body of the request that it answers."""
 
 
 class Filters(NamedTuple):
@@ -94,6 +87,7 @@ class Admin:
     ) -> None:
         self._store = store
         self._inventory = inventory
+        self._nearby = Nearby(inventory, clock)
         self._questions = questions
         self._router = router
         self._models = models
@@ -156,7 +150,7 @@ class Admin:
         with store_is_needed():
             entry = await self._meta(asked.key)
             samples = await self._stored_samples(asked.key)
-            near = None if samples or asked.why_not else await self._nearest(asked, request.api)
+            near = None if samples or asked.why_not else await self._nearby.nearest(asked, request.api)
         now = self._clock.now()
         return {
             "object": "cache.explanation",
@@ -264,44 +258,6 @@ class Admin:
         total = {name: sum(row[name] for row in rows) for name in ("entries", "size_bytes")}
         return {"total": total | {"replaced": replaced}, "models": rows}
 
-    # Explanations
-
-    async def _nearest(self, asked: Asked, api: Api) -> dict[str, Any] | None:
-        """The recent entry whose request is most like this one, and the first thing that tells them apart."""
-        candidates = await self._recent(api)
-        # Comparing takes long enough to hold all else up.
-        found = await asyncio.to_thread(_nearest_of, asked, api, candidates)
-        if found is None:
-            return None
-        meta = candidates[found.candidate][0]
-        return {
-            "key": found.candidate,
-            "age_s": age_s(meta, self._clock.now()),
-            "compared": len(candidates),
-            "differences": found.differing,
-            "first": found.first._asdict() if found.first else None,
-            "differs_in": [] if found.differing else _differences_beside(asked, meta),
-        }
-
-    async def _recent(self, api: Api) -> dict[CacheKey, _Candidate]:
-        """The recent entries of this API whose requests are kept: what is known of each, and its request's body."""
-        found: dict[CacheKey, _Candidate] = {}
-        size_bytes = 0
-        for key in await self._inventory.recent(_MAX_CANDIDATES):
-            try:
-                inspected = await self._inventory.inspect(key)
-            except StoreCorrupt:
-                continue
-            if inspected is None or not inspected.recording.request:
-                continue
-            size_bytes += inspected.recording.size_bytes
-            if size_bytes > _MAX_CANDIDATES_BYTES:
-                break
-            asked = orjson.loads(inspected.recording.request)
-            if asked["api"] == api.name:
-                found[key] = inspected.recording.meta, asked["body"]
-        return found
-
 
 def fits(listed: Listed, filters: Filters, selectors: Sequence[Selector], now: float) -> bool:
     """Whether an entry is one of those; ``selectors`` are `Filters.selectors`."""
@@ -353,25 +309,3 @@ def _kind_of_owner(owner: str) -> str:
     if owner == "shared":
         return owner
     return "namespace" if owner.startswith("ns:") else "tenant"
-
-
-def _tenant_in(owner: str, namespace: str) -> str:
-    """An owner without its namespace."""
-    return owner.removesuffix(f"ns:{namespace}").removesuffix("/") if namespace else owner
-
-
-def _nearest_of(asked: Asked, api: Api, candidates: Mapping[CacheKey, _Candidate]) -> Nearest[CacheKey] | None:
-    texts = []
-    for key, (_, body) in candidates.items():
-        with suppress(RequestProblem):  # of another version's request
-            texts.append((key, canonical_text(api, body, asked.ignored)))
-    return nearest(asked.canonical, texts)
-
-
-def _differences_beside(asked: Asked, meta: Meta) -> list[str]:
-    """What tells two keys apart whose requests are the same."""
-    found = [name for name in ("namespace", "upstream", "model") if getattr(asked, name) != getattr(meta, name)]
-    tenants = {_tenant_in(asked.owner, asked.namespace), _tenant_in(meta.owner, meta.namespace)}
-    if len(tenants - {""}) > 1:
-        found.insert(0, "tenant")
-    return found or ["the secret of the keys, or the version of their scheme"]

@@ -15,9 +15,12 @@ from gateway.config import Config, LangChainUpstreamConfig, Loaded, OpenAIUpstre
 from gateway.core.apis import APIS
 from gateway.eraser import Eraser
 from gateway.errors import CommandFailed, StoreAway, StoreUnavailable
+from gateway.faults import Faults
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
 from gateway.http.relay import Relay
+from gateway.missing import Missing
+from gateway.nearby import Nearby
 from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
 from gateway.pump import Rules
@@ -38,7 +41,6 @@ log = logging.getLogger(__name__)
 
 SERVICE = web.AppKey("service", Service)
 STREAMS = web.AppKey("streams", Streams)
-ADMIN = web.AppKey("admin", Admin)
 RECORDINGS = web.AppKey("recordings", Recordings)
 RUNNING = web.AppKey("running", edge.Running)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
@@ -119,24 +121,25 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     tenants, rules = Tenants(store), _cache_rules(config)
     adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key)
     questions = Questions(router, store, tenants, rules)
-    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
+    missing = Missing(questions, Nearby(store, clock))
+    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally, missing)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
     app[RECORDINGS] = Recordings(store, store, router=router, tenants=tenants, rules=rules, purges=purges, clock=clock)
-    app[ADMIN] = Admin(
-        store,
-        store,
-        questions=questions,
-        router=router,
-        models=rules.models,
-        purges=purges,
-        tally=tally,
-        eraser=eraser,
-        clock=clock,
-    )
     if admin_key and config.admin.is_open:
-        admin.add_routes(app, app[ADMIN], app[RECORDINGS], lambda: adjustable.admin_key)
-    _add_routes(app, config, store, router)
+        about = Admin(
+            store,
+            store,
+            questions=questions,
+            router=router,
+            models=rules.models,
+            purges=purges,
+            tally=tally,
+            eraser=eraser,
+            clock=clock,
+        )
+        admin.add_routes(app, about, app[RECORDINGS], lambda: adjustable.admin_key)
+    _add_routes(app, config, store, router, Faults(questions, rules))
     app.router.add_get("/readyz", small.readiness(store, running))
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
@@ -169,8 +172,8 @@ async def load_recordings(app: web.Application, config: Config) -> None:
 
 
 def _is_shared(config: Config) -> bool:
-    """Whether answers are everybody's."""
-    return config.cache.scope == "shared"
+    """Whether answers are everybody's. Those of a file that is replayed are: nobody can tell who its tenants were."""
+    return config.cache.scope == "shared" or (config.is_replay and bool(config.cache.recordings))
 
 
 def _cache_rules(config: Config) -> CacheRules:
@@ -184,6 +187,9 @@ def _cache_rules(config: Config) -> CacheRules:
         keep_requests=cache.keep_requests,
         sample_order=cache.sample_order,
         sample_seed=cache.sample_seed,
+        mode=cache.mode,
+        faults_allowed=config.faults.allowed,
+        fault_seed=config.faults.seed,
     )
 
 
@@ -198,14 +204,14 @@ def _flight_rules(config: Config) -> Rules:
     )
 
 
-def _add_routes(app: web.Application, config: Config, store: Store, router: Router) -> None:
+def _add_routes(app: web.Application, config: Config, store: Store, router: Router, faults: Faults) -> None:
     server = config.server
     timing = completions.Timing(
         server.head_after_s, server.keepalive_s, server.write_timeout_s, config.redis.lookup_timeout_s
     )
     own: dict[str, list[str]] = {}
     for api in APIS.values():
-        handler = completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
+        handler = completions.handler(api, app[SERVICE], timing, faults, event_ids=config.flights.event_ids)
         own[api.path] = list(completions.METHODS)
         for method in completions.METHODS:
             app.router.add_route(method, f"/v1/{api.path}", handler)
@@ -241,17 +247,22 @@ async def rehearse(loaded: Loaded) -> None:
     await fleet.close()
 
 
+MODES = {"record": "; record mode: every answer is asked for anew", "replay": "; replay mode: no model is asked"}
+
+
 def announcement(address: Any, config: Config, store: str) -> str:
     """Where it listens, where it keeps what, and whom it asks."""
     host, port = address[:2]
     base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    cache = f"cache: {store if config.cache.enabled else 'off'}"
+    cache = f"cache: {store if config.cache.mode != 'off' else 'off'}{MODES.get(config.cache.mode, '')}"
     administration = ["admin: on at /admin/"] if config.admin.is_open else []
     return "\n".join([f"listening on {base_url}", cache, *administration, describe_upstreams(config)])
 
 
 def describe_upstreams(config: Config) -> str:
     """One line an upstream."""
+    if config.is_replay:
+        return f"upstream: none, since this is replay mode; what is not recorded: {config.replay.on_miss}"
     if not config.upstreams:
         return "upstream: none is configured, so a simulated model answers (see [[upstreams]] in config.toml)"
     return "\n".join(f"upstream {upstream.name}: {_described(upstream)}" for upstream in config.upstreams)

@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     for command, run in ((serve, _serve), (check, _check)):
         command.set_defaults(run=partial(_run, run), workers=None, worker=None, recordings=None)
         command.add_argument(
+            "--mode",
+            choices=("cache", "record", "replay", "off"),
+            help="instead of [cache] mode: replay asks no model, record asks it for every answer, off keeps nothing",
+        )
+        command.add_argument(
             "--config", type=Path, metavar="FILE", help="the configuration (default: config.toml, if there is one here)"
         )
         command.add_argument("--host", help="the address to listen on, instead of [server] host")
@@ -87,10 +92,10 @@ def _log_as(loaded: Loaded) -> None:
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    sections = {"server": ("host", "port", "workers"), "cache": ("recordings",)}
+    places = {"server": ("host", "port", "workers"), "cache": ("mode", "recordings")}
     given = {
         section: {name: value for name in names if (value := getattr(options, name)) is not None}
-        for section, names in sections.items()
+        for section, names in places.items()
     }
     return {section: values for section, values in given.items() if values}
 
@@ -128,14 +133,15 @@ def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
 
 
 def _check(_: Source, loaded: Loaded) -> int:
-    from gateway.app import describe_upstreams, rehearse  # noqa: PLC0415
+    from gateway.app import MODES, describe_upstreams, rehearse  # noqa: PLC0415
 
     config = loaded.config
     asyncio.run(rehearse(loaded))
     server, cache = config.server, config.cache
     print(f"configuration: {loaded.source}")  # noqa: T201
     print(f"would listen on http://{server.host}:{server.port}/v1")  # noqa: T201
-    print(f"cache: {config.redis.shown_url if cache.enabled else 'off'}, kept for {cache.ttl_s:g} s")  # noqa: T201
+    where = "off" if cache.mode == "off" else config.redis.shown_url
+    print(f"cache: {where}, kept for {cache.ttl_s:g} s{MODES.get(cache.mode, '')}")  # noqa: T201
     print(f"admin: {'on' if config.admin.is_open else 'off'}")  # noqa: T201
     print(describe_upstreams(config))  # noqa: T201
     print("ok")  # noqa: T201

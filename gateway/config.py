@@ -16,6 +16,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from gateway.core.faults import Fault, FaultKind, total_rate
 from gateway.core.key import MAX_SAMPLES
 from gateway.core.pacing import Pace, PaceKind
 from gateway.core.policy import ModelRules, RuleBook
@@ -24,7 +25,15 @@ from gateway.errors import ConfigError
 WhenAbandoned = Literal["finish", "cancel", "finish_if_cacheable"]
 DEFAULT_PATH = Path("config.toml")
 PREFIX = "GATEWAY_"
+_ALL = 1 + 1e-9
+"""Shares that are added up."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class _Environ(dict[str, str]):
+    """The environment as the context of a validation. In replay mode the secrets of upstreams need not be there."""
+
+    asks = True
 
 
 def _is_set(name: str, info: ValidationInfo) -> str:
@@ -54,6 +63,14 @@ def _read_secret(path: str) -> str:
     return secret
 
 
+def _is_set_if_asked(name: str, info: ValidationInfo) -> str:
+    return _is_set(name, info) if info.context is not None and info.context.asks else name
+
+
+def _is_readable_if_asked(path: str, info: ValidationInfo) -> str:
+    return _is_readable(path, info) if info.context is not None and info.context.asks else path
+
+
 def _not_both(file: str, info: ValidationInfo) -> str:
     """For the file of a secret that a variable may hold as well, by the same name but for its end."""
     other = (info.field_name or "").removesuffix("file") + "env"
@@ -75,6 +92,8 @@ Variable = Annotated[str, AfterValidator(_is_set)]
 """The name of an environment variable that holds a secret."""
 SecretFile = Annotated[str, AfterValidator(_is_readable)]
 """The path of a file that holds a secret, and nothing else: unlike a variable it can change while the gateway runs."""
+UpstreamVariable = Annotated[str, AfterValidator(_is_set_if_asked)]
+UpstreamFile = Annotated[str, AfterValidator(_is_readable_if_asked)]
 
 
 class _Section(BaseModel):
@@ -139,7 +158,7 @@ Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 
 
 class CacheConfig(_Section):
-    enabled: bool = True
+    mode: Literal["cache", "record", "replay", "off"] = "cache"
     ttl_s: Seconds = 86_400.0
     stale_s: SecondsOrZero = 0.0
     stale_if_error_s: SecondsOrZero = 0.0
@@ -169,11 +188,25 @@ class CacheConfig(_Section):
 class ReplayConfig(_Section):
     pace: PaceKind = "instant"
     speed: Rate = 1.0
-    frames_per_s: Rate = 50.0
+    tokens_per_s: Rate = 50.0
+    ttft_s: SecondsOrZero = 0.3
+    ttft_sd_s: SecondsOrZero = 0.0
+    itl_s: SecondsOrZero = 0.02
+    itl_sd_s: SecondsOrZero = 0.0
+    jitter: Share = 0.0
+    max_gap_s: SecondsOrZero = 0.0
+    seed: int = 0
     identity: Literal["fresh", "original"] = "fresh"
+    on_miss: Literal["refuse", "simulate"] = "refuse"
 
     def as_pace(self) -> Pace:
-        return Pace(self.pace, self.speed, self.frames_per_s)
+        names = {field.name for field in fields(Pace)}
+        return Pace(kind=self.pace, **{name: value for name, value in self if name in names})
+
+
+class FaultsConfig(_Section):
+    allowed: bool = False
+    seed: int = 0
 
 
 class FlightsConfig(_Section):
@@ -223,6 +256,26 @@ class AdminConfig(_Section):
         return self.enabled and bool(self.key_name)
 
 
+class FaultConfig(_Section):
+    """A fault, and the share of answers that it befalls."""
+
+    kind: FaultKind
+    rate: Share = 1.0
+    status: Annotated[int, Field(ge=400, le=599)] = 503
+    retry_after_s: CountOrZero | None = None
+    seconds: SecondsOrZero = 30.0
+    after: CountOrZero | None = None
+
+    def as_fault(self) -> Fault:
+        return Fault(**dict(self))
+
+
+def _befall_not_too_many(faults: "tuple[FaultConfig, ...] | None") -> "tuple[FaultConfig, ...] | None":
+    if total_rate([fault.as_fault() for fault in faults or ()]) > _ALL:
+        raise ValueError("their rates come to more than 1")
+    return faults
+
+
 class ModelConfig(_Section):
     """What holds for some models; None: as in ``[cache]``."""
 
@@ -245,6 +298,12 @@ class ModelConfig(_Section):
     total_timeout_s: Seconds | None = None
     retries: CountOrZero | None = None
     fallbacks: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
+    faults: Annotated[tuple[FaultConfig, ...] | None, AfterValidator(_befall_not_too_many)] = None
+
+    def as_rules(self, *, faults_allowed: bool) -> dict[str, Any]:
+        """As `RuleBook` takes them."""
+        faults = tuple(fault.as_fault() for fault in self.faults or ()) if faults_allowed else ()
+        return {**dict(self), "faults": faults or None}
 
 
 class LogConfig(_Section):
@@ -283,9 +342,9 @@ class _UpstreamConfig(_Section):
 class OpenAIUpstreamConfig(_UpstreamConfig):
     kind: Literal["openai"]
     base_url: str = "https://api.openai.com/v1"
-    api_key_env: Variable = ""
-    api_key_envs: tuple[Variable, ...] = ()
-    api_key_file: SecretFile = ""
+    api_key_env: UpstreamVariable = ""
+    api_key_envs: tuple[UpstreamVariable, ...] = ()
+    api_key_file: UpstreamFile = ""
     stream: bool = True
     ask_usage: bool = True
     connect_timeout_s: Seconds = 5.0
@@ -317,8 +376,8 @@ class LangChainUpstreamConfig(_UpstreamConfig):
     kind: Literal["langchain"]
     target: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*$")]
     arguments: Annotated[dict[str, Any], Field(repr=False)] = {}
-    arguments_env: dict[str, Variable] = {}
-    arguments_file: dict[str, SecretFile] = {}
+    arguments_env: dict[str, UpstreamVariable] = {}
+    arguments_file: dict[str, UpstreamFile] = {}
     dropped_parameters: tuple[str, ...] = ()
 
     @property
@@ -352,18 +411,25 @@ class Config(_Section):
     retries: RetriesConfig = RetriesConfig()
     ejection: EjectionConfig = EjectionConfig()
     replay: ReplayConfig = ReplayConfig()
+    faults: FaultsConfig = FaultsConfig()
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
     models: tuple[ModelConfig, ...] = ()
     upstreams: Annotated[tuple[UpstreamConfig, ...], Field(validate_default=True)] = ()
 
+    @property
+    def is_replay(self) -> bool:
+        """Whether no upstream is ever asked."""
+        return self.cache.mode == "replay"
+
     def rule_book(self) -> RuleBook:
         """The rules of ``[cache]`` and of ``[[models]]``."""
         names = {field.name for field in fields(ModelRules)}
         cached = {name: value for name, value in self.cache if name in names}
-        default = ModelRules(**cached, retries=self.retries.max_retries)
-        models = [(model.names, dict(model)) for model in self.models]
-        if not self.cache.enabled:
+        enabled = self.cache.mode != "off"
+        default = ModelRules(**cached, enabled=enabled, retries=self.retries.max_retries)
+        models = [(model.names, model.as_rules(faults_allowed=self.faults.allowed)) for model in self.models]
+        if not enabled:
             models = [(names, {**rules, "enabled": False}) for names, rules in models]
         return RuleBook(default, models)
 
@@ -446,23 +512,33 @@ def load(
     overrides, problems = _from_environment(settings)
     for layer in (overrides, flags):
         _lay_over(values, layer)
+    context = _Environ(environ)
+    context.asks = not _is_replay(values)
     try:
-        config = Config.model_validate(values, context=environ if secrets_needed else None)
+        config = Config.model_validate(values, context=context if secrets_needed else None)
     except ValidationError as error:
         raise ConfigError(problems + [_problem(detail, settings) for detail in error.errors()]) from None
     if problems:
         raise ConfigError(problems)
-    files = [path for path in _secret_files(config) if path]
-    secrets = {name: environ[name].strip() for name in _secret_variables(config) if name in environ}
+    asked = () if config.is_replay else config.upstreams  # what nobody asks needs no secrets, and they are best not here
+    files = [path for path in _secret_files(config, asked) if path]
+    secrets = {name: environ[name].strip() for name in _secret_variables(config, asked) if name in environ}
     secrets |= _read_secrets(files, needed=secrets_needed)
     # Not an error: Kubernetes puts GATEWAY_SERVICE_HOST and the like there for a service of that name.
     unknown = sorted(
-        name for name in environ if name.startswith(PREFIX) and name not in secrets.keys() | _variables().keys()
+        name
+        for name in environ.keys() - _variables().keys() - set(_secret_variables(config, config.upstreams))
+        if name.startswith(PREFIX)
     )
     warnings = tuple(f"{variable} is set but names no key of the configuration: ignored" for variable in unknown)
     cache_dir = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or ".") / ".cache") / "gateway"
     proxies = _proxies(config, environ)
     return Loaded(config, secrets, warnings, source, cache_dir, proxies, text, tuple(Path(path) for path in files))
+
+
+def _is_replay(values: Mapping[str, Any]) -> bool:
+    cache = values.get("cache")
+    return isinstance(cache, dict) and cache.get("mode") == "replay"
 
 
 def _read(path: Path | None) -> tuple[str, str]:
@@ -591,16 +667,16 @@ def _proxies(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _secret_variables(config: Config) -> Iterator[str]:
+def _secret_variables(config: Config, upstreams: Iterable[UpstreamConfig]) -> Iterator[str]:
     yield config.cache.key_secret_env
     yield config.admin.key_env if config.admin.enabled else ""
-    for upstream in config.upstreams:
+    for upstream in upstreams:
         yield from set(upstream.secret_names) - set(_files_of(upstream))
 
 
-def _secret_files(config: Config) -> Iterator[str]:
+def _secret_files(config: Config, upstreams: Iterable[UpstreamConfig]) -> Iterator[str]:
     yield config.admin.key_file if config.admin.enabled else ""
-    for upstream in config.upstreams:
+    for upstream in upstreams:
         yield from _files_of(upstream)
 
 

@@ -7,7 +7,10 @@ reaches the edge and is not a `GatewayError` is a bug, and answers 500.
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from gateway.core.faults import Fault
 
 
 class GatewayError(Exception):
@@ -254,10 +257,43 @@ class NotCached(Unavailable):
     detail = "not-cached"
 
 
+class NotRecorded(Unavailable):
+    """In replay mode no model is asked, and there is no recording that would do.
+
+    ``key`` is what it would be stored under, ``nearest`` what the explanation of a miss says of the nearest recording.
+    """
+
+    status = 504
+    code = "not_recorded"
+    detail = "not-recorded"
+
+    def __init__(self, message: str, *, key: str = "", nearest: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})  # OpenAI's clients: it will be missing again
+        self._told = {"key": key, "nearest": nearest} if key else {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": super().body()["error"] | self._told}
+
+
 class ShuttingDown(Unavailable):
     """The process is ending, and the time for running streams is over."""
 
     code = "shutting_down"
+
+
+class InjectedFault(GatewayError):
+    """What was asked for, or is configured, to see how a caller takes it."""
+
+    code = "injected_fault"
+    detail = "fault"
+
+    def __init__(self, fault: "Fault") -> None:
+        headers = {"Gateway-Fault": str(fault)}
+        if fault.kind == "status":
+            self.status = fault.status
+            if fault.retry_after_s is not None:
+                headers["Retry-After"] = str(fault.retry_after_s)
+        super().__init__(f"This is a fault on demand: {fault}.", headers=headers)
 
 
 class Retold(GatewayError):

@@ -231,8 +231,8 @@ class Peeked:
     """In all replicas together."""
 
 
-Want = Literal["stream", "whole", "meta"]
-"""Which parts of a recording are needed: frames and marks, the body, or neither."""
+Want = Literal["stream", "whole", "timed", "meta"]
+"""Which parts of a recording are needed: frames and marks, the body, the body and marks, or none."""
 
 
 class Store(Protocol):

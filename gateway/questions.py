@@ -10,8 +10,9 @@ import orjson
 from gateway.core.apis import APIS, Api, RequestProblem
 from gateway.core.apis.base import IGNORED
 from gateway.core.controls import NO_CONTROLS, Controls
+from gateway.core.faults import FaultWish
 from gateway.core.key import CacheKey, cache_key, canonical_text, sample_key, tenant_of
-from gateway.core.pacing import Pace
+from gateway.core.pacing import NO_WISH, Pace, Wish
 from gateway.core.policy import Directives, ModelRules, RuleBook
 from gateway.errors import InvalidRequest
 from gateway.ports import Call, Served, Store, Upstream
@@ -48,6 +49,15 @@ class Router(Protocol):
         """The same for ``upstream/model``, where there is such an upstream. Raises `ModelNotFound`."""
         ...
 
+    @property
+    def stand_in(self) -> Upstream | None:
+        """Who answers in replay mode what is not recorded, if anybody does."""
+        ...
+
+
+Mode = Literal["cache", "record", "replay", "off"]
+"""Where answers come from: the store, else the model; always the model; never the model; never the store."""
+
 
 @dataclass(slots=True)
 class CacheRules:
@@ -61,6 +71,9 @@ class CacheRules:
     keep_requests: bool = True
     sample_order: Literal["turn", "random"] = "turn"
     sample_seed: int = 0
+    mode: Mode = "cache"
+    faults_allowed: bool = False
+    fault_seed: int = 0
 
     def become(self, other: "CacheRules") -> None:
         """From now on says what the other one says."""
@@ -79,6 +92,10 @@ class Request(NamedTuple):
     controls: Controls = NO_CONTROLS
     event_ids: bool = False
     """Whether each event of a stream is to say from where to resume after it."""
+    pace: Wish = NO_WISH
+    """What the caller says of how a replay is timed."""
+    faults: FaultWish | None = None
+    """What is to go wrong; None: what the configuration says."""
 
     @property
     def directives(self) -> Directives:
@@ -251,6 +268,13 @@ class Questions:
             request=partial(_kept, request) if self._rules.keep_requests else bytes,
             key_of=partial(self._key, request, route, question.space),
         )
+
+    def stand_in(self, request: Request, route: Route, rules: ModelRules) -> Plan | None:
+        """The call of whoever answers in replay mode what is not recorded: nobody joins it, and nothing of it is stored."""
+        upstream = self._router.stand_in
+        if upstream is None:
+            return None
+        return Plan(self.call(request, route), upstream, None, joinable=False, ttl_s=0.0, rules=rules)
 
     @staticmethod
     def ttl_s(question: Question) -> float:

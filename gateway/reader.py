@@ -1,6 +1,8 @@
 """Cursors over logs: what a request holds of an answer, whoever makes it and however it is paced."""
 
 import asyncio
+import math
+import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
@@ -8,18 +10,26 @@ import orjson
 
 from gateway.core.content import Diverged, Skip, Trace, parse_position
 from gateway.core.dialects.openai import END, KEEP_ALIVE, KEEP_ALIVE_BETWEEN_IDS, error_event, with_id
-from gateway.core.pacing import Pace, due_by
-from gateway.core.recording import Frame, Identity, Recording, parse_chunk
+from gateway.core.pacing import INSTANT, Draw, Pace, due_by, speaks, tokens_said
+from gateway.core.recording import Frame, Identity, Recording, parse_chunk, payload_of
 from gateway.core.sse import encode
 from gateway.core.stream_id import Cursor, format_cursor
 from gateway.errors import GatewayError, InvalidRequest, ShuttingDown, StreamDiverged, StreamLost
-from gateway.flight import Flight, settle
-from gateway.ports import Clock
+from gateway.flight import Flight
+from gateway.pacer import Pacer
 
 # A long recording is written in pieces of about this size, so that a slow client's backlog stays small.
 _PIECE_BYTES = 65_536
 _PIECE_FRAMES = 512
 FROM_START = Cursor(0)
+
+Push = Callable[[bytes], bool]
+"""Sends what is due, if that can be done without waiting; tells whether it did."""
+
+
+def takes_nothing(_: bytes) -> bool:
+    """A `Push` that leaves everything to who has asked."""
+    return False
 
 
 class EventIds:
@@ -101,7 +111,7 @@ class FlightReader(_Ending):
     def at_once(self) -> bytes | None:
         return None
 
-    async def next(self, idle_s: float) -> bytes | None:
+    async def next(self, idle_s: float, push: Push = takes_nothing) -> bytes | None:  # noqa: ARG002  # for replays
         """What has come since the last call; None after ``idle_s`` without anything; empty at the end."""
         while True:
             if data := self.take():
@@ -303,7 +313,10 @@ class _Place:
 
 
 class RecordingReader(_Ending):
-    """A cursor over a recording, at a pace: it begins behind the event ``after``."""
+    """A cursor over a recording, at a pace: it begins behind the event ``after``.
+
+    The schedule counts from ``began_s`` on, by the pacer's clock, so that lateness never adds up.
+    """
 
     def __init__(  # noqa: PLR0913  # they are what a replay is made of
         self,
@@ -311,24 +324,28 @@ class RecordingReader(_Ending):
         identity: Identity | None,
         *,
         usage: bool,
-        pace: Pace,
-        clock: Clock,
+        pacer: Pacer,
+        pace: Pace = INSTANT,
+        draw: Draw | None = None,
         after: int = 0,
         ids: EventIds | None = None,
     ) -> None:
         self.recording = recording
         self.error: GatewayError | None = None
         self.ids = ids
+        self.began_s = pacer.now()
         self._identity = identity
         self._usage = usage
+        self._pacer = pacer
         self._pace = pace
-        self._clock = clock
+        self._draw = draw or random.Random(0)  # noqa: S311  # of a pace without chance
         self._after = after
-        self._began = clock.monotonic()
         self._cursor = 0
         self._frames: list[bytes] | None = None
         self._schedule: list[float] = []
-        self._waiter: asyncio.Future[bool] | None = None
+        self._waiter: asyncio.Future[bytes | None] | None = None
+        self._push: Push = takes_nothing
+        self._idle_s = self._silent_until_s = 0.0
 
     async def head(self, within_s: float | None) -> Mapping[str, str] | None:  # noqa: ARG002  # a recording's is there
         """Raises `InvalidRequest` where there is no such place to begin."""
@@ -338,24 +355,37 @@ class RecordingReader(_Ending):
 
     def at_once(self) -> bytes | None:
         """The whole stream, where nothing stands against sending it in one write."""
-        if self.ids or self._after or self._pace.kind != "instant" or len(self.recording.sse or b"") > 4 * _PIECE_BYTES:
+        if self.ids or self._after or not self._pace.is_instant or len(self.recording.sse or b"") > 4 * _PIECE_BYTES:
             return None
         return self.recording.stream(self._identity, usage=self._usage)
 
-    async def next(self, idle_s: float) -> bytes | None:
-        """The frames that are due, together; None after ``idle_s`` in which none was; empty at the end."""
-        frames = self._load()
-        while not self.at_end:
-            end = due_by(self._schedule, self._cursor, self._clock.monotonic() - self._began)
-            if end > self._cursor:
-                if data := self._take(frames, end):
-                    return data
-                continue
-            wait_s = self._began + self._schedule[self._cursor] - self._clock.monotonic()
-            interrupted = await self._sleep(min(wait_s, idle_s))
-            if not interrupted and wait_s > idle_s:
+    async def next(self, idle_s: float, push: Push = takes_nothing) -> bytes | None:
+        """The frames that are due, together; None after ``idle_s`` in which none was; empty at the end.
+
+        What falls due while this waits is pushed, as long as that is taken: then nobody need wake up for it.
+        """
+        self._load()
+        now_s = self._pacer.now()
+        data = self._due(now_s)
+        if data or self.at_end:
+            return data
+        self._push, self._idle_s, self._silent_until_s = push, idle_s, now_s + idle_s
+        return await self._wait(min(self._next_due_s(), self._silent_until_s))
+
+    def tick(self, now_s: float) -> float | None:
+        """See `Paced`."""
+        try:
+            data = self._due(now_s)
+            if data and not self.at_end and self._push(data):
+                self._silent_until_s = now_s + self._idle_s
+            elif data or self.at_end or now_s >= self._silent_until_s:
+                self._settle(data or (b"" if self.at_end else None))
                 return None
-        return b""
+        except Exception as error:  # noqa: BLE001  # it is for who waits, and stops nobody else
+            if self._waiter and not self._waiter.done():
+                self._waiter.set_exception(error)
+            return None
+        return min(self._next_due_s(), self._silent_until_s)
 
     @property
     def at_end(self) -> bool:
@@ -368,9 +398,10 @@ class RecordingReader(_Ending):
     async def whole(self) -> bytes:
         """The assembled body, at the time at which its last frame is due."""
         body = self.recording.whole(self._identity)
-        due_s = self._duration_s()
-        while not self.error and (wait_s := self._began + due_s - self._clock.monotonic()) > 0:
-            await self._sleep(wait_s)
+        if not self._pace.is_instant and not self.error:
+            # One frame, which is due with the last of the stream.
+            self._frames, self._schedule, self._silent_until_s = [b""], [self._duration_s()], math.inf
+            await self._wait(self._next_due_s())
         if self.error:
             raise self.error
         return body
@@ -382,8 +413,7 @@ class RecordingReader(_Ending):
     def cut(self, error: GatewayError) -> None:
         """Ends the replay early, with an error that its caller is told."""
         self.error = error
-        if self._waiter:
-            settle(self._waiter, True)
+        self._settle(b"")
 
     def leave(self) -> None:
         pass
@@ -391,11 +421,19 @@ class RecordingReader(_Ending):
     def _load(self) -> list[bytes]:
         if self._frames is None:
             self._frames = self.recording.frames(self._identity, usage=self._usage)
-            marks = self.recording.marks
-            self._schedule = self._pace.schedule(marks.at_us if marks else ())
+            self._schedule = self._scheduled(self._frames)
             if self._after or self.ids:
                 self._begin_behind(self._frames)
         return self._frames
+
+    def _scheduled(self, frames: list[bytes]) -> list[float]:
+        marks = self.recording.marks
+        at_us = marks.at_us if marks else ()
+        if not self._pace.counts_tokens:
+            return self._pace.schedule(at_us, self._draw)
+        speaking = _speaking(frames)
+        tokens, spoken = tokens_said(self.recording.meta.usage), sum(speaking)
+        return self._pace.schedule(at_us, self._draw, speaking, tokens / spoken if tokens and spoken else 1.0)
 
     def _begin_behind(self, frames: list[bytes]) -> None:
         for place, frame in enumerate(frames):
@@ -411,30 +449,54 @@ class RecordingReader(_Ending):
             raise InvalidRequest("The cursor is behind the end of the stream.", param="after")
         self.over = self._after > self._number
 
-    def _take(self, frames: list[bytes], end: int) -> bytes:
-        start = self._cursor
-        size = 0
+    def _due(self, now_s: float) -> bytes:
+        """What is due by now, or a piece of it; the cursor goes on behind it."""
+        frames, start, size = self._frames or [], self._cursor, 0
+        if self.error:
+            return b""
+        end = due_by(self._schedule, start, now_s - self.began_s)
         while self._cursor < end and size < _PIECE_BYTES:
             size += len(frames[self._cursor])
             self._cursor += 1
-        return b"".join(frames[start : self._cursor])
+        return frames[start] if self._cursor == start + 1 else b"".join(frames[start : self._cursor])
+
+    def _next_due_s(self) -> float:
+        return self.began_s + self._schedule[self._cursor]
 
     def _duration_s(self) -> float:
-        frames, duration_us = self.recording.meta.frames, self.recording.meta.duration_us
-        if self._pace.kind == "fixed":
-            return frames / self._pace.frames_per_s
-        return self._pace.schedule([duration_us])[-1]
+        """How long it takes to the last frame."""
+        meta, marks = self.recording.meta, self.recording.marks
+        if self._pace.counts_tokens:
+            return self._pace.schedule([0] * max(1, tokens_said(meta.usage) or meta.frames), self._draw)[-1]
+        at_us = marks.at_us if marks and marks.at_us else [meta.duration_us]
+        return self._pace.schedule(at_us, self._draw)[-1]
 
-    async def _sleep(self, seconds: float) -> bool:
-        """Whether the sleep was interrupted."""
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        timer = loop.call_later(seconds, settle, self._waiter, False)
+    async def _wait(self, until_s: float) -> bytes | None:
+        """What `tick` has not pushed."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        turn = self._pacer.call(self, until_s)
         try:
             return await self._waiter
         finally:
-            timer.cancel()
+            self._pacer.forget(turn)
             self._waiter = None
+
+    def _settle(self, data: bytes | None) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(data)
+
+
+def _speaking(frames: Sequence[bytes]) -> list[bool]:
+    """Which frames say something. Those between two that do are taken for tokens: a model needed time for them, too, and
+    to read all of a long recording would make others late.
+    """
+
+    def says(place: int) -> bool:
+        return bool(frames[place]) and speaks(parse_chunk(payload_of(frames[place])))
+
+    first = next(filter(says, range(len(frames))), len(frames))
+    last = next(filter(says, reversed(range(first, len(frames)))), first)
+    return [first <= place <= last for place in range(len(frames))]
 
 
 class StandIn:
@@ -476,13 +538,13 @@ class StandIn:
             await self._stand_in(error)
             return await self.reader.head(within_s)
 
-    async def next(self, idle_s: float) -> bytes | None:
+    async def next(self, idle_s: float, push: Push = takes_nothing) -> bytes | None:
         """As `FlightReader.next`."""
-        data = await self.reader.next(idle_s)
+        data = await self.reader.next(idle_s, push)
         if data == b"" and self.reader.error and not self._shown:
             with suppress(GatewayError):  # then the stream ends with it
                 await self._stand_in(self.reader.error)
-                data = await self.reader.next(idle_s)
+                data = await self.reader.next(idle_s, push)
         self._shown = self._shown or bool(data)
         return data
 

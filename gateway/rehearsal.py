@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from gateway.admin import Filters
-from gateway.app import ADMIN, RECORDINGS, RUNNER_OPTIONS, RUNNING, SERVICE, SystemClock, build_app, open_store
+from gateway.app import RECORDINGS, RUNNER_OPTIONS, RUNNING, SERVICE, SystemClock, build_app, open_store
 from gateway.config import FALLBACK_UPSTREAM, Config, Loaded, SimulatedUpstreamConfig, load
 from gateway.errors import CommandFailed, ConfigError
 from gateway.http import rehearsing
@@ -27,11 +27,9 @@ from gateway.live import Live
 from gateway.recordings import FOREVER_S
 from gateway.sockets import bind
 
-# What the requests of each mode say of the cache. Once there is `[cache] mode`, this is the one place to switch: no request
-# has to say anything then, and `_FLAGS` get the mode, and that what is missing is refused.
-_DIRECTIVES = {"replay": "only-if-cached", "record": "no-cache", "cache": ""}
 # Recordings of tests are everybody's, and never grow old.
 _FLAGS: dict[str, dict[str, Any]] = {
+    "replay": {"on_miss": "refuse"},
     "redis": {"url": "embedded", "embedded_dir": ""},
     "cache": {"scope": "shared", "ttl_s": FOREVER_S, "stale_s": 0.0, "keep_requests": True, "recordings": ""},
     "flights": {"when_abandoned": "finish"},
@@ -76,9 +74,7 @@ async def _rehearse(task: Task) -> None:
         stack.push_async_callback(live.close)
         store, _ = await open_store(stack, loaded)
         app = build_app(loaded.config, store, live.router)
-        app.middlewares.append(
-            rehearsing.middleware(_DIRECTIVES[task.mode], lambda: app[ADMIN], partial(_note, task.missed))
-        )
+        app.middlewares.append(rehearsing.middleware(partial(_note, task.missed)))
         server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS)
         stack.push_async_callback(server.close)
         await server.open()
@@ -104,7 +100,8 @@ def _load(task: Task) -> Loaded:
     """The configuration, less what tests have no use for. Raises `ConfigError`."""
     replays = task.mode == "replay"
     path = Path(task.config) if task.config else None
-    loaded = load(path, os.environ, _FLAGS, secrets_needed=not replays)
+    flags = _FLAGS | {"cache": {**_FLAGS["cache"], "mode": task.mode}}
+    loaded = load(path, os.environ, flags, secrets_needed=not replays)
     config = loaded.config
     if replays:
         config = _without_models(config)

@@ -13,6 +13,7 @@ _FREE_KEYS = {"log": ("level",), "admin": ("key_env", "key_file")}
 _FIXED_KEYS = {
     "cache": ("key_secret_env", "compress_from_bytes", "sample_order", "sample_seed", "recordings"),
     "replay": (),
+    "faults": (),
     "retries": (),
     "ejection": (),
 }
@@ -30,6 +31,8 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, bool]]:
             if now != getattr(before, key):
                 # Whether there is an administration at all is settled when the paths are.
                 settled = section == "admin" and new.admin.is_open != old.admin.is_open
+                # A process that has ever asked an upstream is none that has not.
+                settled |= (section, key) == ("cache", "mode") and new.is_replay != old.is_replay
                 yield f"{section}.{key}", _is_free(section, key) and not settled
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from gateway.core.key import CacheKey
+from gateway.core.pacing import Draw, Pace
 from gateway.core.policy import Disposition, ModelRules, age_s, remaining_s, staleness_s
 from gateway.core.recording import Identity, Meta, Recording
 from gateway.core.stream_id import NO_RUN, StreamId, mint, traceable_digits
@@ -25,7 +26,9 @@ from gateway.errors import (
 )
 from gateway.flight import Flight
 from gateway.flights import Flights
-from gateway.ports import Clock, FlightId, LogName, Store
+from gateway.missing import Missing
+from gateway.pacer import Pacer
+from gateway.ports import Clock, FlightId, LogName, Store, Want
 from gateway.pump import Plan
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Question, Questions, Request, Route, of_sample
@@ -35,7 +38,9 @@ from gateway.tally import Tally
 
 _MISS = Disposition("miss")
 _DISABLED = Disposition("bypass", "disabled", fwd="bypass")
+_SIMULATED = Disposition("miss", "simulated")
 _MAX_REFRESHED = 4096
+_MAX_TURNS = 4096
 _ANY_TIME_US = 1 << 62
 # A stale answer asks for a fresh one at most so often, in each replica: the model may be down, or another one is at it.
 _REFRESH_EVERY_S = 1.0
@@ -54,6 +59,8 @@ class Opened:
     """By which the stream can be resumed; empty where it cannot."""
     ttl_s: float = 0.0
     """For how long others may keep the answer, once it is stored; 0 where the next caller is to get another one."""
+    simulated: bool = False
+    """Whether the simulated model stands in for a recording that is missing."""
 
 
 class Service:
@@ -68,20 +75,25 @@ class Service:
         clock: Clock,
         purges: Purges,
         tally: Tally,
+        missing: Missing,
     ) -> None:
         self._questions = questions
+        self._missing = missing
         self._store = store
         self._flights = flights
         self._rules = rules
         self._clock = clock
         self._purges = purges
         self._tally = tally
+        self.pacer = Pacer(clock)
         self.replays: set[RecordingReader] = set()
         """Those that go on."""
         self._watches: dict[RecordingReader, asyncio.Task[None]] = {}
         self._samples = Samples(store, purges, clock, order=rules.sample_order, seed=rules.sample_seed)
         self._refreshed: dict[CacheKey, float] = {}
         """When an answer was last fetched in the background."""
+        self._turns: dict[str, int] = {}
+        """How many times recordings, by their flights, were replayed at a pace that is drawn anew each time."""
         # An id must be unlike any other, not hard to guess; asking the system for each would cost a tenth of a hit.
         self._random = random.Random()  # noqa: S311
 
@@ -89,6 +101,8 @@ class Service:
         """Finds the answer, or begins it. The reader must be given back to `leave`. Raises `GatewayError`."""
         route = self._questions.route(request)
         rules = self._questions.rules(request, route)
+        if self.replays_only:
+            return await self._recorded(self._questions.question(request, route, rules))
         if request.directives.no_store or not rules.enabled:
             return self._bypass(request, route, rules)
         question = self._questions.question(request, route, rules)
@@ -98,7 +112,35 @@ class Service:
             question = await self._sample(question)
         if request.directives.no_cache:
             return self._ask(question, Disposition("miss", "no-cache", fwd="request"))
+        if self._records(request):
+            return self._ask(question, Disposition("miss", "record", fwd="bypass"))
         return await self._find(question)
+
+    def _records(self, request: Request) -> bool:
+        """Whether a new answer is recorded, whatever is stored."""
+        return self._rules.mode == "record" and not request.directives.only_if_cached
+
+    async def _recorded(self, question: Question) -> Opened:
+        """In replay mode: the recording, however old, and whatever the caller says of a cache. Nothing here asks a model."""
+        began_s, stand_in = self._clock.monotonic(), None
+        if question.rules.samples > 1:
+            question = await self._sample(question)
+        recording, disposition = await self._lookup(question)
+        if recording and disposition.kind == "hit":
+            return self._replay(question, recording, disposition, began_s)
+        request, route = question.request, question.route
+        if not request.directives.only_if_cached:
+            stand_in = self._questions.stand_in(request, route, question.rules)
+        if stand_in is None:
+            self._tally.add(route.model, "misses")
+            raise await self._missing.error(request)
+        reader = FlightReader(self._flights.start(stand_in), usage=request.usage)
+        return Opened(reader, _SIMULATED, route.model, stand_in.upstream.name, simulated=True)
+
+    @property
+    def replays_only(self) -> bool:
+        """Whether no model is ever asked."""
+        return self._rules.mode == "replay"
 
     def leave(self, opened: Opened) -> None:
         """The caller has done with its reader."""
@@ -126,7 +168,7 @@ class Service:
 
     async def _find(self, question: Question) -> Opened:
         """In this replica's flights, in the store, or in another replica's flights; else begins one."""
-        key, miss, seen_us, tries = question.key, _MISS, -1, 0
+        key, miss, seen_us, tries, began_s = question.key, _MISS, -1, 0, self._clock.monotonic()
         only_if_cached = question.request.directives.only_if_cached
         while True:
             # A flight knows better than the store: it is newer, or its recording is still on the way there.
@@ -134,7 +176,7 @@ class Service:
             if flight is None or (flight.outcome is None and (flight.replaces or only_if_cached)):
                 recording, miss = await self._lookup(question)
                 if recording and miss.kind == "hit":
-                    return self._replay_and_refresh(question, recording, miss)
+                    return self._replay_and_refresh(question, recording, miss, began_s)
                 if recording:
                     seen_us = int(recording.meta.started_at * 1e6)
                 # Another caller may have begun while this one looked; nothing is awaited between here and the start.
@@ -150,12 +192,13 @@ class Service:
 
     async def _lookup(self, question: Question) -> tuple[Recording | None, Disposition]:
         """What is stored, and a hit, or what to say where it will not do."""
-        directives = question.request.directives
-        want: Literal["stream", "whole"] = "stream" if question.request.streamed else "whole"
+        request = question.request
+        needed = request.directives.only_if_cached or self.replays_only
+        want: Want = "stream" if request.streamed else "whole" if self._pace(request).is_instant else "timed"
         try:
-            recording = await self._store.lookup(question.key, want, patient=directives.only_if_cached)
+            recording = await self._store.lookup(question.key, want, patient=needed)
         except StoreUnavailable:
-            if directives.only_if_cached:
+            if needed:
                 raise StoreAway("The store cannot be reached, so nobody can say whether the answer is there.") from None
             return None, Disposition("miss", "store-unavailable")
         except StoreError:
@@ -168,6 +211,8 @@ class Service:
         if self._purges.covers(question.key, meta):
             return Disposition("miss", "purged")
         directives, ttl_s = question.request.directives, remaining_s(meta, now)
+        if self.replays_only:
+            return Disposition("hit", age_s=age_s(meta, now), ttl_s=ttl_s)
         if refusal := directives.refusal(meta, now, question.rules.stale_s):
             return Disposition("miss", "" if refusal == "stale" else refusal, fwd="stale" if ttl_s < 0 else "request")
         detail = ""
@@ -175,17 +220,19 @@ class Service:
             detail = "stale-while-revalidate" if directives.max_stale_s is None else "max-stale"
         return Disposition("hit", detail, age_s=age_s(meta, now), ttl_s=ttl_s)
 
-    def _replay_and_refresh(self, question: Question, recording: Recording, hit: Disposition) -> Opened:
+    def _replay_and_refresh(
+        self, question: Question, recording: Recording, hit: Disposition, began_s: float | None = None
+    ) -> Opened:
         if hit.ttl_s < 0 and staleness_s(recording.meta, self._clock.now()) <= question.rules.stale_s:
             # By what tags it can be purged was said when it was stored: who only reads it need not say it again.
             tags = question.request.controls.tags or recording.meta.tags
             self._fetch(question.tagged(tags), int(recording.meta.started_at * 1e6))
-        return self._replay(question, recording, hit)
+        return self._replay(question, recording, hit, began_s)
 
     def _fetch(self, question: Question, seen_us: int = -1) -> None:
         """Begins a call in the background whose answer is stored; over all replicas one at a time."""
         key, now_s = question.key, self._clock.monotonic()
-        if question.request.directives.only_if_cached or not self._questions.ttl_s(question):
+        if question.request.directives.only_if_cached or not self._questions.ttl_s(question) or self.replays_only:
             return
         running = self._flights.find(key)
         if running and running.outcome is None:
@@ -200,14 +247,16 @@ class Service:
     async def _sample(self, question: Question) -> Question:
         """The sample whose turn it is; where there are fewer than there may be, one more is fetched."""
         directives, rules = question.request.directives, question.rules
+        replaces = directives.no_cache or self._records(question.request)
+        replays = self.replays_only
         chosen = await self._samples.choose(
             question.key,
             rules.samples,
-            accept=lambda meta, now: not directives.refusal(meta, now, rules.stale_s),
+            accept=lambda meta, now: replays or not directives.refusal(meta, now, rules.stale_s),
             stale_s=rules.stale_s,
-            replace=directives.no_cache,
+            replace=replaces and not replays,
         )
-        if chosen.missing is not None and not directives.no_cache:
+        if chosen.missing is not None and not replaces:
             self._fetch(of_sample(question, chosen.missing), chosen.seen_us)
         return of_sample(question, chosen.sample)
 
@@ -292,8 +341,12 @@ class Service:
                 reader.ids = EventIds(opened.stream_id)
         return opened
 
-    def _replay(self, question: Question, recording: Recording, disposition: Disposition) -> Opened:
+    def _replay(
+        self, question: Question, recording: Recording, disposition: Disposition, began_s: float | None = None
+    ) -> Opened:
+        """``began_s`` is when the request came, from when on it is paced, unless something else was waited for."""
         reader, token = self._reader(question, recording)
+        reader.began_s = began_s if began_s is not None else reader.began_s
         route = question.route
         ttl_s = 0.0 if question.rules.samples > 1 else recording.meta.ttl_s
         return Opened(reader, disposition, route.model, route.upstream.name, token, ttl_s)
@@ -308,14 +361,27 @@ class Service:
         if self._rules.fresh_identity:
             digits = digits or self._digits(meta)
             identity = Identity.fresh(meta.id or request.api.id_prefix, digits, now)
-        ids = EventIds(token) if request.event_ids and token else None
-        reader = RecordingReader(recording, identity, usage=request.usage, pace=self._rules.pace, clock=self._clock, ids=ids)
+        ids, pace = EventIds(token) if request.event_ids and token else None, self._pace(request)
+        draw = self._draw(pace, meta) if pace.draws else None
+        reader = RecordingReader(recording, identity, usage=request.usage, pacer=self.pacer, pace=pace, draw=draw, ids=ids)
         reader.nonce = nonce
         self.replays.add(reader)
-        if token and self._rules.pace.kind != "instant":
+        if token and not pace.is_instant:
             name = LogName(question.key, FlightId(meta.flight))
             self._watches[reader] = asyncio.get_running_loop().create_task(self._cut_when_cancelled(reader, name))
         return reader, token
+
+    def _pace(self, request: Request) -> Pace:
+        return self._rules.pace.with_wish(request.pace)
+
+    def _draw(self, pace: Pace, meta: Meta) -> Draw:
+        """The chance of one replay. It hangs on nothing that another run of the same recordings has not, too."""
+        turn, name = 0, meta.flight or f"{meta.id}@{meta.started_at}"
+        if pace.turns:
+            if len(self._turns) >= _MAX_TURNS:
+                self._turns.clear()
+            turn = self._turns[name] = self._turns.get(name, -1) + 1
+        return random.Random(f"{pace.seed}:{name}:{turn}")  # noqa: S311  # to be repeated, not to be safe
 
     def _digits(self, meta: Meta) -> str:
         """What the fresh id of an answer is made of that cannot be resumed."""

@@ -9,7 +9,6 @@ from typing import Any
 import orjson
 
 from gateway.core.apis import APIS
-from gateway.core.pacing import INSTANT
 from gateway.core.policy import Disposition, age_s, remaining_s
 from gateway.core.recording import Identity, Recording
 from gateway.core.stream_id import Cursor, StreamId, UnknownStream, identity_digits, mint, open_token
@@ -163,6 +162,8 @@ class Streams:
     def _plan(self, noted: bytes, name: LogName, headers: Mapping[str, str]) -> Plan:
         if not noted:
             raise StreamLost("Who ran the call is gone, and what was asked is not known any more.")
+        if self._service.replays_only:
+            raise StreamLost("Who ran the call is gone, and in replay mode no model is asked to go on with it.")
         return self._questions.plan_of(noted, headers, name.key)
 
     async def _peek(self, name: LogName) -> Peeked:
@@ -197,9 +198,8 @@ class Streams:
             original = recording.meta.id or APIS[stream.api].id_prefix
             identity = Identity.fresh(original, identity_digits(self._store.secret, stream), stream.created)
         ids = EventIds(token) if stream.event_ids else None
-        reader = RecordingReader(
-            recording, identity, usage=stream.usage, pace=INSTANT, clock=self._clock, after=cursor.after, ids=ids
-        )
+        pacer = self._service.pacer
+        reader = RecordingReader(recording, identity, usage=stream.usage, pacer=pacer, after=cursor.after, ids=ids)
         reader.nonce = stream.nonce.hex()
         self._service.replays.add(reader)
         meta, now = recording.meta, self._clock.now()

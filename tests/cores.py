@@ -9,6 +9,8 @@ from fakes import FakeClock, FakeStore, HandUpstream
 from gateway.core.pacing import Pace
 from gateway.core.policy import ModelRules, RuleBook
 from gateway.flights import Flights, Rules
+from gateway.missing import Missing
+from gateway.nearby import Nearby
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Questions, Tenants
 from gateway.service import Service
@@ -20,6 +22,8 @@ RULES = ModelRules(ttl_s=60.0, max_recording_bytes=100_000, finish_reasons=froze
 
 
 class OneRoute:
+    stand_in = None
+
     def __init__(self, upstream: HandUpstream) -> None:
         self._upstream = upstream
 
@@ -51,7 +55,8 @@ class Core:
         }
         cache_rules = CacheRules(**said, models=RuleBook(replace(RULES, **(model or {}))))
         questions = Questions(OneRoute(self.upstream), store, tenants, cache_rules)
-        self.service = Service(questions, store, self.flights, cache_rules, clock, self.purges, self.tally)
+        missing = Missing(questions, Nearby(store, clock))
+        self.service = Service(questions, store, self.flights, cache_rules, clock, self.purges, self.tally, missing)
         self.streams = Streams(self.service, questions, self.flights, store, tenants, clock, self.purges)
 
     async def close(self) -> None:

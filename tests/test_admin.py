@@ -587,9 +587,9 @@ async def test_comparing_is_bounded(gateway, monkeypatch):
     for number in range(4):
         await gateway.chat(f"question {number}", stream=True)
         await gateway.landed()
-    monkeypatch.setattr("gateway.admin._MAX_CANDIDATES", 2)
+    monkeypatch.setattr("gateway.nearby._MAX_CANDIDATES", 2)
     assert (await explained(gateway)).json["nearest"]["compared"] == 2
-    monkeypatch.setattr("gateway.admin._MAX_CANDIDATES_BYTES", 1)
+    monkeypatch.setattr("gateway.nearby._MAX_CANDIDATES_BYTES", 1)
     assert (await explained(gateway)).json["nearest"] is None
 
 

@@ -4,9 +4,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.core.apis import RequestProblem
-from gateway.http.fields import NAMESPACE, TAGS, TTL, namespace, tags, ttl_s
+from gateway.core.pacing import Pace
+from gateway.http.fields import NAMESPACE, REPLAY, TAGS, TTL, namespace, replay, tags, ttl_s
 
-READERS = {TTL: ttl_s, NAMESPACE: namespace, TAGS: tags}
+READERS = {TTL: ttl_s, NAMESPACE: namespace, TAGS: tags, REPLAY: replay}
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=128)
 
 
@@ -21,7 +22,7 @@ def refused(field, values):
 
 
 def test_what_is_not_sent_says_nothing():
-    assert (ttl_s([]), namespace(()), tags([])) == (None, None, ())
+    assert (ttl_s([]), namespace(()), tags([]), replay([])) == (None, None, (), {})
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,40 @@ def test_any_other_list_of_tags_is_refused(values):
     assert refused(TAGS, values)
 
 
+@pytest.mark.parametrize(
+    ("values", "pace"),
+    [
+        (["instant"], Pace("instant", speed=3.0, ttft_sd_s=0.1, itl_sd_s=0.1)),
+        (["recorded"], Pace("recorded", speed=3.0, ttft_sd_s=0.1, itl_sd_s=0.1)),
+        (["recorded;speed=2"], Pace("recorded", speed=2.0, ttft_sd_s=0.1, itl_sd_s=0.1)),
+        (["recorded, speed=0.5"], Pace("recorded", speed=0.5, ttft_sd_s=0.1, itl_sd_s=0.1)),
+        (["rate=80"], Pace("fixed", speed=3.0, tokens_per_s=80.0, ttft_sd_s=0.1, itl_sd_s=0.1)),
+        (["rate=80, ttft=0.5"], Pace("drawn", speed=3.0, ttft_s=0.5, itl_s=0.0125)),
+        (["ttft=0.5"], Pace("drawn", speed=3.0, ttft_s=0.5, itl_sd_s=0.1)),
+        (["ttft=0.5;sd=0.2", "itl=0.1;sd=0"], Pace("drawn", speed=3.0, ttft_s=0.5, ttft_sd_s=0.2, itl_s=0.1)),
+        (["jitter=1, max_gap=0.25"], Pace(speed=3.0, ttft_sd_s=0.1, itl_sd_s=0.1, jitter=1.0, max_gap_s=0.25)),
+        (["seed=-7"], Pace(speed=3.0, ttft_sd_s=0.1, itl_sd_s=0.1, seed=-7, turns=False)),
+        ([""], Pace(speed=3.0, ttft_sd_s=0.1, itl_sd_s=0.1)),
+    ],
+)
+def test_a_pace_is_what_is_said_and_else_as_configured(values, pace):
+    configured = Pace(speed=3.0, ttft_sd_s=0.1, itl_sd_s=0.1)
+    assert configured.with_wish(replay(values)) == pace
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["instant=1"], ["instant=?0"], ["instant, recorded"], ["rate=50, itl=0.1"], ["recorded, ttft=1"], ["rate"],
+        ["rate=0"], ["rate=fast"], ["rate=?1"], ["rate=(1 2)"], ["ttft=-1"], ["ttft=1;sd=-1"], ["ttft=1;ds=1"],
+        ["jitter=1.1"], ["jitter=-0.1"], ["max_gap=0"], ["seed=1.5"], ["seed=a"], ["recorded;speed=0"], ["spede=2"],
+        ["fixed"], ["itl=0.0001"], ["rate=50;speed=2"], ["rate=,"], ["RATE=1"], ["recorded", ","], ["é"], ["1"],
+    ],
+)  # fmt: skip
+def test_any_other_pace_is_refused(values):
+    assert refused(REPLAY, values)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ASCII, min_size=1, max_size=16))
 def test_what_is_written_as_the_rfc_says_is_read(names):
@@ -116,6 +151,8 @@ def test_what_is_written_as_the_rfc_says_is_read(names):
     st.sampled_from(sorted(READERS)),
     st.lists(st.text('ab19.-"\\,;=()?:@%* \t\0é\udcff') | st.text(st.characters()), max_size=3),
 )
+@example(REPLAY, ['ttft=@1;sd=%"x"'])
+@example(REPLAY, ["recorded;speed=999999999999999"])
 @example(TTL, ["@999999999999999"])
 @example(TTL, ['%"%ff"'])
 def test_any_text_is_read_or_is_a_problem_of_the_request(field, values):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,21 @@ def test_a_gateway_starts_with_a_file_of_any_age(ci_file, options, tmp_path):
         assert all(status.startswith("gateway; hit") for status in told), told
         assert served.chat("ho")[0].startswith("gateway; fwd=miss")
         assert served.end() == 0
+
+
+KEYLESS = '[{"name": "simulated", "kind": "openai", "models": ["simulated"]}]'
+
+
+@pytest.mark.parametrize("upstreams", [{}, {"GATEWAY_UPSTREAMS": KEYLESS}])
+def test_in_replay_mode_a_file_answers_everybody_and_nobody_else_does(ci_file, upstreams, tmp_path):
+    with Served(tmp_path, "--mode", "replay", "--recordings", "ci.jsonl", **upstreams) as served:
+        assert served.chat("hi")[0].startswith("gateway; hit")
+        with pytest.raises(urllib.error.HTTPError) as missed:
+            served.chat("ho")
+        error = json.loads(missed.value.read())["error"]
+        missed.value.close()
+        assert (missed.value.code, error["code"]) == (504, "not_recorded")
+        assert error["nearest"]["first"]["ours"] == "ho"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

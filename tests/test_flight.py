@@ -14,7 +14,7 @@ from gateway.core.pacing import Pace
 from gateway.core.policy import Directives
 from gateway.errors import NotCached, ShuttingDown, UpstreamBroke, UpstreamRefused, UpstreamReported
 from gateway.questions import Request
-from gateway.reader import FlightReader, RecordingReader
+from gateway.reader import RecordingReader
 from gateway.service import Opened
 
 IDLE_S = 30.0
@@ -335,34 +335,118 @@ async def test_a_whole_answer_is_assembled_once_for_all_who_want_it(bench):
     bench.upstream.say(OPENING, HELLO, WORLD, STOP, TAIL, DONE)
     bodies = await asyncio.gather(*(opened.reader.whole() for opened in readers))
     assert bodies[0] is bodies[1] is bodies[2]
-    assert isinstance(readers[0].reader, FlightReader)
     assert b"Hello world" in bodies[0]
 
 
-async def test_a_paced_replay_sends_each_frame_when_it_is_due_and_all_that_are_due_together():
-    bench = Bench(Pace("fixed", frames_per_s=1000))
+@pytest.fixture
+async def replay():
+    """A replay of four frames, due at 1, 2, 3 and 3 s: a bench, its reader."""
+    bench = Bench(Pace("fixed", tokens_per_s=1))
     await bench.open()
     await bench.asked()
-    bench.upstream.say(OPENING, HELLO, WORLD, STOP, DONE)
+    bench.upstream.say(HELLO, WORLD, HELLO, STOP, DONE)
     bench.upstream.end()
     await bench.landed()
     opened = await bench.open()
-    reader = opened.reader
-    assert isinstance(reader, RecordingReader)
-    assert reader.at_once() is None
-    assert await reader.next(0.0001) is None
-    bench.clock.time_s += 0.0021
-    data = await reader.next(IDLE_S)
-    assert data is not None
-    assert data.count(b"data: ") == 2
-    bench.clock.time_s += 1
-    assert (await reader.next(IDLE_S) or b"").count(b"data: ") == 2
-    assert reader.at_end
+    assert isinstance(opened.reader, RecordingReader)
+    yield bench, opened.reader
     await bench.core.close()
 
 
+async def test_a_paced_replay_gives_each_frame_when_it_is_due_and_all_that_are_due_together(replay):
+    bench, reader = replay
+    assert reader.at_once() is None
+    waiting = asyncio.ensure_future(reader.next(IDLE_S))
+    bench.clock.time_s += 0.99
+    bench.core.service.pacer._ring()
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    bench.clock.time_s += 1.01
+    bench.core.service.pacer._ring()
+    assert (await waiting).count(b"data: ") == 2
+    bench.clock.time_s += 5
+    assert (await reader.next(IDLE_S)).count(b"data: ") == 2
+    assert reader.at_end
+    assert await reader.next(IDLE_S) == b""
+
+
+async def test_the_schedule_counts_from_when_the_request_came_however_long_the_store_takes(replay):
+    bench, _ = replay
+    before, bench.store.gate = bench.store.lookups, asyncio.Event()
+    bench.flights._by_key.clear()  # which knows the answer for a moment after its end
+    opening = asyncio.ensure_future(bench.open())
+    while bench.store.lookups == before:
+        await asyncio.sleep(0)
+    bench.clock.time_s += 2
+    bench.store.gate.set()
+    assert (await (await opening).reader.next(IDLE_S)).count(b"data: ") == 2
+
+
+async def test_what_falls_due_is_pushed_as_long_as_that_is_taken_and_the_last_of_it_is_given(replay):
+    bench, reader = replay
+    pushed, takes = [], [True, False]
+    pacer, clock = bench.core.service.pacer, bench.clock
+
+    def push(data):
+        pushed.append(data)
+        return takes.pop(0)
+
+    waiting = asyncio.ensure_future(reader.next(IDLE_S, push))
+    await asyncio.sleep(0)
+    for _ in range(2):
+        clock.time_s += 1
+        pacer._ring()
+    assert await waiting == pushed[1]
+    assert [data.count(b"data: ") for data in pushed] == [1, 1]
+    waiting = asyncio.ensure_future(reader.next(IDLE_S, push))
+    await asyncio.sleep(0)
+    clock.time_s += 1
+    pacer._ring()
+    assert (await waiting).count(b"data: ") == 2
+    assert reader.at_end
+    assert len(pushed) == 2
+
+
+async def test_a_replay_with_a_long_gap_says_so_after_each_idle_time(replay):
+    bench, reader = replay
+    for _ in range(2):
+        waiting = asyncio.ensure_future(reader.next(0.25))
+        await asyncio.sleep(0)
+        bench.clock.time_s += 0.25
+        bench.core.service.pacer._ring()
+        assert await waiting is None
+
+
+async def test_a_reader_whose_caller_is_gone_is_called_no_more(replay):
+    bench, reader = replay
+    pushed = []
+    waiting = asyncio.ensure_future(reader.next(IDLE_S, lambda data: pushed.append(data) or True))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    bench.clock.time_s += 5
+    bench.core.service.pacer._ring()
+    assert pushed == []
+    assert bench.core.service.pacer._heap == []
+
+
+async def test_a_push_that_breaks_breaks_its_own_stream_only(replay):
+    bench, reader = replay
+    other = (await bench.open()).reader
+    waiting = [
+        asyncio.ensure_future(reader.next(IDLE_S, lambda _: 1 // 0)),
+        asyncio.ensure_future(other.next(IDLE_S)),
+    ]
+    await asyncio.sleep(0)
+    bench.clock.time_s += 1
+    bench.core.service.pacer._ring()
+    broken, data = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(broken, ZeroDivisionError)
+    assert data.count(b"data: ") == 1
+
+
 async def test_an_interrupted_replay_ends_with_an_error():
-    bench = Bench(Pace("fixed", frames_per_s=0.001))
+    bench = Bench(Pace("fixed", tokens_per_s=0.001))
     await bench.open()
     await bench.asked()
     bench.upstream.say(OPENING, STOP, DONE)

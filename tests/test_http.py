@@ -320,7 +320,7 @@ async def test_cache_status_tells_what_was_done(start_gateway, upstream):
     assert await told(control="no-store") == {"fwd": "request", "fwd-status": "200", "detail": "no-store"}
     assert await told("c", control="only-if-cached") == {"detail": "not-cached"}
     assert parsed((await gateway.post("/v1/embeddings", MODEL)).cache_status) == {"fwd": "bypass", "detail": "relayed"}
-    off = await start_gateway(cache={"enabled": False})
+    off = await start_gateway(cache={"mode": "off"})
     for _ in range(2):
         assert parsed((await off.chat()).cache_status) == {"fwd": "bypass", "fwd-status": "200", "detail": "disabled"}
 
@@ -810,7 +810,9 @@ async def test_an_old_client_gets_the_same_frames_and_then_the_end_of_the_connec
 PACES = {
     "recorded": ({"pace": "recorded"}, [0.0, 0.03, 0.06, 0.06]),
     "recorded, twice as fast": ({"pace": "recorded", "speed": 2.0}, [0.0, 0.015, 0.03, 0.03]),
-    "fixed": ({"pace": "fixed", "frames_per_s": 50.0}, [0.02, 0.04, 0.06, 0.08]),
+    "no gap longer than so much": ({"pace": "recorded", "max_gap_s": 0.01}, [0.0, 0.01, 0.02, 0.02]),
+    "fixed": ({"pace": "fixed", "tokens_per_s": 50.0}, [0.02, 0.04, 0.06, 0.06]),
+    "drawn": ({"pace": "drawn", "ttft_s": 0.05, "itl_s": 0.01}, [0.05, 0.06, 0.07, 0.07]),
 }
 
 
@@ -863,7 +865,7 @@ async def test_an_instant_replay_waits_for_nothing_in_either_mode(gateway, upstr
 
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_a_replay_under_way_ends_with_an_error_at_shutdown(start_gateway, upstream, streamed):
-    gateway = await start_gateway(replay={"pace": "fixed", "frames_per_s": 10.0})
+    gateway = await start_gateway(replay={"pace": "fixed", "tokens_per_s": 10.0})
     await gateway.chat()
     await gateway.landed()
     if not streamed:

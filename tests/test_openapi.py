@@ -6,12 +6,15 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from gateway.core.apis import CHAT, COMPLETIONS, RequestProblem
+from gateway.core.faults import Fault
 from gateway.errors import (
     BodyTooLarge,
     GatewayError,
+    InjectedFault,
     InvalidRequest,
     MethodNotAllowed,
     ModelNotFound,
+    NotRecorded,
     Unavailable,
     UnsupportedMediaType,
     UpstreamReported,
@@ -130,13 +133,21 @@ def test_an_answered_operation_has_both_forms_their_headers_and_every_error_of_t
         "Cache-Control",
         "Gateway-Stream-Id",
         "Gateway-Upstream",
+        "Gateway-Simulated",
+        "Gateway-Fault",
         "X-Request-Id",
     }
     faults = [InvalidRequest, ModelNotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType]
-    faults += [UpstreamUnreachable, Unavailable, UpstreamTimeout]
+    faults += [UpstreamUnreachable, Unavailable, UpstreamTimeout, NotRecorded]
     assert {*responses} == {"200", "default"} | {str(fault.status) for fault in faults}
 
 
-@pytest.mark.parametrize("error", [GatewayError("x"), InvalidRequest("x", param="n"), UpstreamReported({"code": 429})])
+ERRORS = [
+    GatewayError("x"), InvalidRequest("x", param="n"), UpstreamReported({"code": 429}),
+    NotRecorded("x", key="k", nearest={"key": "n"}), NotRecorded("x", key="k"), InjectedFault(Fault("error")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_error_bodies_fit_their_schema(error):
     schema("Error").validate(error.body())

@@ -172,7 +172,7 @@ async def test_each_streamed_answer_has_an_id_of_its_own_and_nothing_else_has_on
 
 
 async def test_a_cache_that_is_off_gives_no_ids(start_gateway):
-    gateway = await start_gateway(cache={"enabled": False})
+    gateway = await start_gateway(cache={"mode": "off"})
     assert "Gateway-Stream-Id" not in (await ask(gateway)).headers
 
 
@@ -651,7 +651,7 @@ async def test_asking_for_the_head_of_a_state_is_allowed(two, upstream):
 
 async def test_a_paced_replay_ends_though_it_is_cancelled_on_another_replica(start_two, upstream):
     upstream.script = says()
-    two = await start_two(replay={"pace": "fixed", "frames_per_s": 0.01})
+    two = await start_two(replay={"pace": "fixed", "tokens_per_s": 0.01})
     await ask(two.one)
     await two.one.landed()
     async with opened(two.one) as replay:

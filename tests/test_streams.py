@@ -743,7 +743,7 @@ async def first_block(gateway, headers):
         response.close()
 
 
-UNCACHEABLE = {"no-store": ({}, {"Cache-Control": "no-store"}), "disabled": ({"cache": {"enabled": False}}, {})}
+UNCACHEABLE = {"no-store": ({}, {"Cache-Control": "no-store"}), "disabled": ({"cache": {"mode": "off"}}, {})}
 
 
 @MODES

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
+from gateway.core.faults import Fault
 from gateway.core.recording import Meta
 
 _NAME = "gateway"
@@ -136,6 +137,8 @@ class ModelRules:
     """How many times a call may be made again before its first token."""
     fallbacks: tuple[str, ...] = ()
     """The models that answer where this one cannot, in order; ``upstream/model`` names one of a certain upstream."""
+    faults: tuple[Fault, ...] = ()
+    """What goes wrong with its answers, and how often, to see how callers take it."""
 
     @property
     def kept_stale_s(self) -> float:

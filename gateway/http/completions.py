@@ -2,23 +2,28 @@
 
 import asyncio
 from collections.abc import Awaitable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_writer import StreamWriter
 from multidict import CIMultiDictProxy
 
 from gateway.core.apis import Api, RequestProblem
 from gateway.core.controls import NO_CONTROLS, Controls, from_body
 from gateway.core.dialects.openai import END
+from gateway.core.faults import Fault
 from gateway.core.policy import Directives
-from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, UpstreamRefused
+from gateway.errors import BodyTooLarge, InjectedFault, InvalidRequest, UnsupportedMediaType, UpstreamRefused
+from gateway.faults import CutOff, Faults, FaultyReader
 from gateway.http import fields
 from gateway.http.edge import EXCHANGE, Exchange, Handler
 from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS, Request
-from gateway.reader import Reader
+from gateway.reader import Push, Reader, takes_nothing
 from gateway.service import Opened, Service
 
 METHODS = ("POST", "QUERY")
@@ -51,20 +56,24 @@ class CallerTooSlow(ConnectionResetError):
     """The caller has not taken what was written for too long."""
 
 
-def handler(api: Api, service: Service, timing: Timing, *, event_ids: bool) -> Handler:
+def handler(api: Api, service: Service, timing: Timing, faults: Faults, *, event_ids: bool) -> Handler:
     """The handler of one API's path. ``event_ids``: what holds where a caller does not say."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         exchange = request[EXCHANGE]
         asked = await _read(request, api, event_ids=event_ids)
         exchange.model = str(asked.body.get("model"))
+        fault = faults.of(asked)
+        if fault and fault.kind == "status":
+            raise InjectedFault(fault)
         opened = await service.open(asked)
         exchange.upstream = opened.upstream
         exchange.cache_status = opened.disposition.cache_status()
         try:
             if asked.streamed:
-                return await write_stream(request, opened, exchange, timing)
-            return await _whole(opened, exchange, timing)
+                return await write_stream(request, opened, exchange, timing, fault)
+            response = await _whole(opened, exchange, timing, fault)
+            return await _cut_in_two(request, response, exchange) if fault and fault.kind == "cut" else response
         except UpstreamRefused as refusal:
             exchange.cache_status = opened.disposition._replace(status=refusal.status).cache_status()
             raise
@@ -80,11 +89,13 @@ async def _read(request: web.Request, api: Api, *, event_ids: bool) -> Request:
         raise InvalidRequest("The request body must be a JSON object.")
     try:
         controls = controls_of(request.headers, body)
+        pace = fields.replay(request.headers.getall(fields.REPLAY, ()))
+        faults = fields.faults(request.headers.getall(fields.FAULT, ()))
     except RequestProblem as problem:
         raise InvalidRequest(str(problem), param=problem.param) from None
     if (wish := request.headers.get("Gateway-Event-Ids")) is not None:
         event_ids = _BOOLEANS.get(wish.strip(), event_ids)
-    return Request(api, body, request.headers, controls, event_ids)
+    return Request(api, body, request.headers, controls, event_ids, pace, faults)
 
 
 def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Controls:
@@ -128,33 +139,61 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-async def _whole(opened: Opened, exchange: Exchange, timing: Timing) -> web.Response:
-    body = await opened.reader.whole()
+async def _whole(opened: Opened, exchange: Exchange, timing: Timing, fault: Fault | None) -> web.Response:
+    body = await _reader(opened, fault).whole()
     kept, why_not = await opened.reader.outcome(timing.stored_within_s)
     if kept or why_not:
         told = opened.disposition
         opened.disposition = told._replace(stored=bool(kept), detail=why_not or told.detail)
-    headers = _headers(opened, exchange, await opened.reader.head(None))
+    headers = _headers(opened, exchange, await opened.reader.head(None), fault=fault)
     headers["Content-Type"] = "application/json"
     return web.Response(body=body, headers=headers)
 
 
-async def write_stream(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
+def _reader(opened: Opened, fault: Fault | None) -> Reader | FaultyReader:
+    return FaultyReader(opened.reader, fault) if fault else opened.reader
+
+
+async def _cut_in_two(request: web.Request, whole: web.Response, exchange: Exchange) -> web.StreamResponse:
+    """Half of an answer, and the end of the connection."""
+    body = whole.body if isinstance(whole.body, bytes) else b""
+    response = web.StreamResponse(headers={**whole.headers, "Content-Length": str(len(body))})
+    exchange.head_sent = True
+    with suppress(ConnectionResetError):
+        await response.prepare(request)
+        await response.write(body[: len(body) // 2])
+        await asyncio.sleep(0)  # by then it has left
+    _break(request, exchange)
+    return response
+
+
+def _break(request: web.Request, exchange: Exchange) -> None:
+    exchange.error = CutOff.__name__
+    if request.transport:
+        request.transport.abort()
+
+
+async def write_stream(
+    request: web.Request, opened: Opened, exchange: Exchange, timing: Timing, fault: Fault | None = None
+) -> web.StreamResponse:
     """The answer as a stream, at once or as it comes; 204 where the caller has all of it. Raises the errors of its head."""
-    reader = opened.reader
+    reader = _reader(opened, fault)
     if (stream := reader.at_once()) is not None:
         headers = _headers(opened, exchange, None, streamed=True)
         return web.Response(body=stream + END, headers=headers)
     head = await reader.head(timing.head_after_s)
     if reader.over:
         return web.Response(status=204)
-    response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True))
+    response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True, fault=fault))
     try:
         exchange.head_sent = True
-        await response.prepare(request)
+        writer = await response.prepare(request)
         if head is None:
             await response.write(reader.keep_alive)
-        await _write(request, response, reader, timing)
+        push = _pusher(request, writer) if writer else takes_nothing
+        await _write(request, response, reader, timing, push)
+    except CutOff:
+        _break(request, exchange)
     except ConnectionResetError as error:
         exchange.left = True
         exchange.error = type(error).__name__
@@ -164,10 +203,12 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
     return response
 
 
-async def _write(request: web.Request, response: web.StreamResponse, reader: Reader, timing: Timing) -> None:
+async def _write(
+    request: web.Request, response: web.StreamResponse, reader: Reader | FaultyReader, timing: Timing, push: Push
+) -> None:
     """The one loop that writes streams: what the reader has, comments while it has nothing, then the end."""
     while True:
-        data = await reader.next(timing.keepalive_s)
+        data = await reader.next(timing.keepalive_s, push)
         if reader.at_end:
             # Clients stop reading at the end event, so it leaves together with the end of the body.
             await _patiently(request, response.write_eof((data or b"") + reader.end()), timing)
@@ -185,6 +226,24 @@ async def _write_data(request: web.Request, response: web.StreamResponse, data: 
         await _patiently(request, response.write(data), timing)
 
 
+def _pusher(request: web.Request, writer: AbstractStreamWriter) -> Push:
+    """Writes past aiohttp, for whoever has no task that could wait: so a frame of a crowd of paced streams costs half."""
+    transport = request.transport
+    if transport is None or not isinstance(writer, StreamWriter):
+        return takes_nothing
+    chunked, full, closing, send = writer.chunked, transport.get_write_buffer_size, transport.is_closing, transport.write
+
+    def push(data: bytes) -> bool:
+        if len(data) >= _SMALL_BYTES or full() or closing():
+            return False  # whoever waits for the stream writes it, and waits, or learns that its caller is gone
+        sent = b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
+        send(sent)
+        writer.output_size += len(sent)
+        return True
+
+    return push
+
+
 async def _patiently(request: web.Request, write: Awaitable[None], timing: Timing) -> None:
     """Waits for a write as long as a caller may take for it. Raises `CallerTooSlow`."""
     try:
@@ -197,7 +256,12 @@ async def _patiently(request: web.Request, write: Awaitable[None], timing: Timin
 
 
 def _headers(
-    opened: Opened, exchange: Exchange, head: Mapping[str, str] | None, *, streamed: bool = False
+    opened: Opened,
+    exchange: Exchange,
+    head: Mapping[str, str] | None,
+    *,
+    streamed: bool = False,
+    fault: Fault | None = None,
 ) -> dict[str, str]:
     """``head`` is what the upstream said, where it has answered."""
     disposition = opened.disposition
@@ -213,9 +277,13 @@ def _headers(
     headers = {**passed, **exchange.headers(), "Cache-Control": UNSTORED}
     if disposition.is_replay:
         headers["Age"] = str(disposition.age_s)
-    if opened.ttl_s and (disposition.ttl_s > 0 or disposition.stored):
+    if fault:
+        headers["Gateway-Fault"] = str(fault)  # and nobody else may keep what is wrong
+    elif opened.ttl_s and (disposition.ttl_s > 0 or disposition.stored):
         headers["Cache-Control"] = f"private, max-age={int(opened.ttl_s)}"
         headers["Vary"] = _VARY
+    if opened.simulated:
+        headers["Gateway-Simulated"] = "?1"
     if opened.stream_id:
         headers["Gateway-Stream-Id"] = opened.stream_id
     if streamed:

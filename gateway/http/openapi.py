@@ -13,7 +13,7 @@ _STATUSES = {
     415: "The request body is declared as something else than JSON.",
     502: "The upstream cannot be reached, or its answer is no answer.",
     503: "The queue of the upstream is full, the gateway is shutting down, or the store that is needed cannot be reached.",
-    504: "The upstream took too long, or `only-if-cached` was asked and the answer is not in the cache.",
+    504: "The upstream took too long; or `only-if-cached` was asked, or it is replay mode, and there is no stored answer.",
 }
 
 
@@ -83,7 +83,9 @@ def _served(version: str, relay_paths: Iterable[str]) -> Json:
 # Operations
 
 
-_ANSWER_PARAMETERS = ("CacheControl", "CacheTtl", "CacheNamespace", "CacheTags", "EventIds", "RequestId")
+_ANSWER_PARAMETERS = (
+    *("CacheControl", "CacheTtl", "CacheNamespace", "CacheTags", "EventIds", "Replay", "Fault", "RequestId"),
+)
 
 
 def _answered(operation: str, name: str) -> Json:
@@ -98,7 +100,8 @@ def _answered(operation: str, name: str) -> Json:
             "200": {
                 "description": "The answer: a stream of events where `stream` is true, else one object.",
                 "headers": _header_refs(
-                    "Cache-Status", "Age", "Cache-Control", "Gateway-Stream-Id", "Gateway-Upstream", "X-Request-Id"
+                    *("Cache-Status", "Age", "Cache-Control", "Gateway-Stream-Id", "Gateway-Upstream", "Gateway-Simulated"),
+                    *("Gateway-Fault", "X-Request-Id"),
                 ),
                 "content": _json(_ref("schemas", name)) | _events(f"{name}Chunk"),
             },
@@ -379,6 +382,11 @@ def _schemas() -> Json:
                 "type": {"type": ["string", "null"], "description": "Whose fault it is."},
                 "param": {"type": ["string", "null"], "description": "The member of the request that is at fault."},
                 "code": {"type": ["string", "integer", "null"], "description": "A word for the failure."},
+                "key": _string("With `not_recorded`: what the recording would be stored under."),
+                "nearest": {
+                    "type": ["object", "null"],
+                    "description": "With it: the recording that is most like it.",
+                },
             },
             "message",
         ),
@@ -461,6 +469,8 @@ def _headers() -> Json:
         "Cache-Control": "For caches on the way: what is stored here may be kept as long, for this caller; all else is not.",
         "Gateway-Stream-Id": "By which a stream that was cut can be resumed; on a resumed one, by which it can be again.",
         "Gateway-Upstream": "Which configured upstream has answered, where the request was forwarded.",
+        "Gateway-Simulated": "`?1`: in replay mode the simulated model has answered what is not recorded.",
+        "Gateway-Fault": "The fault on demand that befalls this answer, and after how many events.",
         "Allow": "The methods of this path.",
         "Retry-After": "The upstream's, or when to come back to a full queue.",
     }
@@ -476,6 +486,14 @@ def _parameters() -> Json:
     ttl = "For how many seconds the answer stays fresh (RFC 9651 Item: Integer or Decimal); 0: it is not stored."
     namespace = "Whose answers to share (RFC 9651 Item: String or Token), in the place of the caller's own."
     tags = "By what the answer can be purged (RFC 9651 List of Strings or Tokens)."
+    replay = (
+        "How a hit is timed, in the place of what is configured (RFC 9651 Dictionary): `instant`; `recorded;speed=2`; "
+        "`rate=50` (tokens a second); `ttft=0.3;sd=0.1, itl=0.02;sd=0.005`; and `jitter=0.1`, `max_gap=2`, `seed=7`."
+    )
+    fault = (
+        "What is to go wrong with the answer, where that is allowed (RFC 9651 Dictionary): `status=429;retry_after=2`, "
+        "`slow=5`, `stall=30;after=3`, `cut;after=3`, `malformed`, `error`, each with `;rate=0.1`; and `seed=7`."
+    )
     cursor = "`{id}.{n}`, as the `id` of an event says it: what follows is what came after it."
     return {
         "StreamId": _parameter("id", "path", _string("`Gateway-Stream-Id` of the answer.")),
@@ -486,6 +504,8 @@ def _parameters() -> Json:
         "CacheTtl": _parameter("Gateway-Cache-TTL", "header", _string(ttl)),
         "CacheNamespace": _parameter("Gateway-Cache-Namespace", "header", _string(namespace)),
         "CacheTags": _parameter("Gateway-Cache-Tags", "header", _string(tags)),
+        "Replay": _parameter("Gateway-Replay", "header", _string(replay)),
+        "Fault": _parameter("Gateway-Fault", "header", _string(fault)),
         "RequestId": _parameter("X-Request-Id", "header", _string("Names the request in logs and in the answer.")),
     }
 

@@ -22,6 +22,7 @@ FIELDS = {
     "meta": ("v", "meta"),
     "stream": ("v", "meta", "sse", "marks"),
     "whole": ("v", "meta", "body"),
+    "timed": ("v", "meta", "marks", "body"),
     "all": ("v", "meta", "sse", "marks", "body", "req"),
 }
 """What is loaded of a recording for whom. Only an inspection needs all."""
@@ -136,6 +137,8 @@ def _load(want: str, fields: Sequence[bytes | None]) -> Recording | None:
         return Recording(loaded)
     if want == "whole":
         return Recording(loaded, body=unpack(parts[0] or b""))
+    if want == "timed":
+        return Recording(loaded, marks=Marks.unpack(parts[0] or b""), body=unpack(parts[1] or b""))
     sse, marks = unpack(parts[0] or b""), Marks.unpack(parts[1] or b"")
     if marks.size != len(sse):
         raise CorruptRecording("the marks are of other frames")

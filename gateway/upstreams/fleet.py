@@ -11,12 +11,14 @@ from gateway.config import (
     LangChainUpstreamConfig,
     Loaded,
     OpenAIUpstreamConfig,
+    SimulatedUpstreamConfig,
     UpstreamConfig,
 )
 from gateway.core.balancing import EjectionRules
 from gateway.core.retrying import RetryBudget
 from gateway.errors import ConfigError, ModelNotFound
 from gateway.ports import Clock, Upstream
+from gateway.upstreams.absent import AbsentUpstream
 from gateway.upstreams.asking import AskingTerms, Target
 from gateway.upstreams.leased import Leased
 from gateway.upstreams.pool import Deployment, Pool
@@ -44,6 +46,7 @@ def assemble(loaded: Loaded, clock: Clock, known: Sequence[Deployment] = ()) -> 
     config, draw = loaded.config, random.Random().random  # noqa: S311  # it spreads load
     deployments = tuple(_deployment(each, loaded, clock, known) for each in config.upstreams or (FALLBACK_UPSTREAM,))
     router = _router(config, deployments, clock, draw)
+    router.stand_in = _stand_in(config)
     if problems := list(_wrong_fallbacks(config, router)):
         raise ConfigError(problems)
     return Fleet(deployments, router)
@@ -52,7 +55,7 @@ def assemble(loaded: Loaded, clock: Clock, known: Sequence[Deployment] = ()) -> 
 def _deployment(config: UpstreamConfig, loaded: Loaded, clock: Clock, known: Iterable[Deployment]) -> Deployment:
     ejection = EjectionRules(**dict(loaded.config.ejection))
     secrets = [loaded.secrets.get(name) for name in config.secret_names]
-    made_of = config, ejection, secrets, loaded.proxies.get(config.name)
+    made_of = config, ejection, secrets, loaded.proxies.get(config.name), loaded.config.is_replay
     for deployment in known:
         if deployment.upstream.made_of == made_of:
             return deployment
@@ -60,7 +63,12 @@ def _deployment(config: UpstreamConfig, loaded: Loaded, clock: Clock, known: Ite
 
 
 def _new_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
-    """Each kind is imported only where it is configured: LangChain must cost a plain start nothing."""
+    """Each kind is imported only where it is configured: LangChain must cost a plain start nothing.
+
+    In replay mode none is: what does not exist can ask nobody.
+    """
+    if loaded.config.is_replay:
+        return AbsentUpstream(config, shared=bool(loaded.config.cache.recordings))
     if isinstance(config, OpenAIUpstreamConfig):
         from gateway.upstreams.openai import OpenAIUpstream  # noqa: PLC0415
 
@@ -73,6 +81,16 @@ def _new_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
     from gateway.upstreams.simulated import SimulatedUpstream  # noqa: PLC0415
 
     return SimulatedUpstream(config)
+
+
+def _stand_in(config: Config) -> Upstream | None:
+    """The simulated model that answers what is not recorded, where that is wanted: the configured one, if there is any."""
+    if not config.is_replay or config.replay.on_miss != "simulate":
+        return None
+    from gateway.upstreams.simulated import SimulatedUpstream  # noqa: PLC0415
+
+    own = [each for each in config.upstreams if isinstance(each, SimulatedUpstreamConfig)]
+    return SimulatedUpstream((own or [FALLBACK_UPSTREAM])[0])
 
 
 def _router(config: Config, deployments: Iterable[Deployment], clock: Clock, draw: Callable[[], float]) -> Router:

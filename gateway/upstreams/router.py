@@ -25,6 +25,8 @@ class Router:
         """In the order of the file: each entry with the upstream of its group."""
         self.upstreams = tuple(dict.fromkeys(upstream for _, upstream in upstreams))
         self.default: Upstream | None = None
+        self.stand_in: Upstream | None = None
+        """Who answers in replay mode what is not recorded."""
         self._exact: dict[str, Route] = {}
         self._globs: list[tuple[str, Upstream]] = []
         self._members: dict[str, list[UpstreamConfig]] = {}

@@ -1,4 +1,4 @@
-"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json] [--only servers|flights|compression]`.
+"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json] [--only servers|flights|pace|compression]`.
 
 The service in one process alone on one core, beside a bare comparator that does the same work with aiohttp and
 redis-py and nothing else; Redis, the upstream and the load generator on another. Only the ratios mean something:
@@ -17,11 +17,12 @@ import orjson
 from compression import compression
 from figures import QUICK, Extent, Figures, fresh_process, one_round
 from flights import flights
+from pace import pace
 from processes import BenchFailed, Cores
 from stage import Stage, stage
 from table import markdown
 
-Part = Literal["servers", "flights", "compression"]
+Part = Literal["servers", "flights", "pace", "compression"]
 
 
 def main() -> int:
@@ -61,6 +62,8 @@ def _measure(extent: Extent, only: Part | None) -> list[Figures]:
             measurements += _servers(set_up, extent)
         if only in (None, "flights"):
             measurements += flights(set_up, extent, _say)
+        if only in (None, "pace"):
+            measurements += pace(set_up, extent, _say)
         if only in (None, "compression"):
             _say("lookups of compressed recordings")
             measurements += compression(set_up.redis_socket, extent)

@@ -51,6 +51,11 @@ class Extent:
     fan_out_ttft_s: float = 3.0
     fan_out_tokens: int = 1024
     crowd_tokens: int = 128
+    pace_streams: int = 2000
+    pace_rate: float = 5.0
+    pace_ramp_s: float = 4.0
+    pace_seconds: float = 4.0
+    pace_steps: int = 6
 
 
 QUICK = Extent(
@@ -68,6 +73,10 @@ QUICK = Extent(
     fan_out_ttft_s=1.0,
     fan_out_tokens=64,
     crowd_tokens=40,
+    pace_streams=50,
+    pace_ramp_s=0.3,
+    pace_seconds=0.5,
+    pace_steps=1,
 )
 
 Say = Callable[[str], None]

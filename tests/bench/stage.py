@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import orjson
+import paced
 import readers
 import redis
 from load import IDENTITY, PROMPTS, Plan, body
@@ -50,13 +51,18 @@ class Stage:
         command = script("bare.py", port, self.redis_socket, f"http://127.0.0.1:{self.upstream.port}")
         return server("bare", command, port, self._cores.server)
 
+    def bare_upstream(self) -> AbstractContextManager[Server]:
+        """Another scripted upstream, where servers under test run: nothing is simpler that sends frames at their times."""
+        port = free_port()
+        return server("bare", script("upstream.py", port), port, self._cores.server)
+
     def empty_store(self) -> None:
         with redis.Redis(unix_socket_path=str(self.redis_socket)) as client:
             client.flushall()
 
-    def set_pace(self, ttft_s: float, gap_s: float) -> None:
+    def set_pace(self, ttft_s: float, gap_s: float, upstream: Server | None = None) -> None:
         """How long the upstream waits before its first token, and before each of the others."""
-        _fetch(self.upstream, "/settings", orjson.dumps({"ttft_s": ttft_s, "gap_s": gap_s}))
+        _fetch(upstream or self.upstream, "/settings", orjson.dumps({"ttft_s": ttft_s, "gap_s": gap_s}))
 
     def upstream_stats(self) -> dict[str, int]:
         """``calls`` so far, and how many of them are ``open``."""
@@ -90,6 +96,17 @@ class Stage:
     def running_readers(self, plan: readers.Plan) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """The readers of one answer; `finish` waits for them."""
         return child(script("readers.py", orjson.dumps(asdict(plan)).decode()), self._cores.others, subprocess.PIPE)
+
+    def paced(self, target: Server, plan: paced.Plan) -> Measured:
+        """Reads paced streams to their ends. Raises `BenchFailed`."""
+        cpu_s = target.cpu_s()
+        command = script("paced.py", orjson.dumps(asdict(plan)).decode())
+        with child(command, self._cores.others, subprocess.PIPE) as process:
+            measured = finish(process, target)
+        cpu_after_s, frames = target.cpu_s(), measured["all_frames"]
+        if cpu_s is not None and cpu_after_s is not None and frames:
+            measured["cpu_us_a_frame"] = (cpu_after_s - cpu_s) * 1e6 / frames
+        return measured
 
     def check_hits(self, target: Server, *, streamed: bool, tokens: int) -> int:
         """Asks for each prompt once: all must be hits that say what the upstream says. Returns their length in bytes."""

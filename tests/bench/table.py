@@ -8,6 +8,7 @@ from statistics import median
 from compression import SIZES_TOKENS, figure
 from figures import MANY_CONNECTIONS, RELAY_CONNECTIONS, Extent, Figures
 from flights import REPLICAS
+from pace import LATE_MS
 
 NOTHING = "–"
 
@@ -68,6 +69,15 @@ ROWS = (
     Row("CPU of a frame to each of them at full speed, µs", "fan_out", "cpu_us_a_frame"),
     Row("CPU of a frame to each of them, paced, µs", "crowd", "cpu_us_a_frame"),
     Row("memory of a follower, KiB", "crowd", "follower_kib"),
+    Row(
+        f"lateness of a paced frame, {Extent.pace_streams:,} streams × {Extent.pace_rate:g}/s, p50, ms",
+        "pace",
+        "late_p50_ms",
+    ),
+    Row("the same, p99, ms", "pace", "late_p99_ms", mark=Mark(f"≤ {LATE_MS:g} ms", lambda value, _: value <= LATE_MS)),
+    Row("error of a gap, p50, %", "pace", "gap_error_p50_percent", mark=Mark("≤ 5 %", lambda value, _: value <= 5)),
+    Row("CPU of a paced frame, µs", "pace", "cpu_us_a_frame"),
+    Row(f"frames/s at which p99 is {LATE_MS:g} ms late", "pace_limit", "frames_per_s"),
     *(
         row
         for tokens in SIZES_TOKENS
