@@ -104,13 +104,17 @@ def _add_warm(commands: Any) -> None:
     warm.add_argument("--concurrency", type=positive, default=8, metavar="N", help="how many at a time (default: 8)")
     warm.add_argument("--rate", type=_rate, metavar="N", help="no more than so many a second")
     warm.add_argument(
-        "--retries", type=int, default=4, metavar="N", help="how many times what may pass is tried again (default: 4)"
+        "--retries", type=_retries, default=4, metavar="N", help="how many times what may pass is tried again (default: 4)"
     )
     warm.add_argument(
         "--failures", type=Path, metavar="FILE", help="where failures are written (default: FILE.failed.jsonl)"
     )
     warm.add_argument("--restart", action="store_true", help="begin anew, whatever was done before")
     warm.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _retries(text: str) -> int:
+    return positive(text) if text != "0" else 0
 
 
 def _rate(text: str) -> float:

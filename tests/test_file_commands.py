@@ -212,7 +212,10 @@ async def ci_file(start, run):  # noqa: F811
     write("ci.jsonl", json.dumps(line))
 
 
-@pytest.mark.parametrize("options", [["--recordings", "ci.jsonl"], ["--recordings", "ci.jsonl", "--workers", "2"], []])
+@pytest.mark.parametrize(
+    "options",
+    [["--recordings", "ci.jsonl"], ["--recordings", "ci.jsonl", "--workers", "2"], pytest.param([], marks=pytest.mark.slow)],
+)
 def test_a_gateway_starts_with_a_file_of_any_age(ci_file, options, tmp_path):
     environ = {"GATEWAY_CACHE_SCOPE": "shared"} | ({} if options else {"GATEWAY_CACHE_RECORDINGS": "ci.jsonl"})
     with Served(tmp_path, *options, **environ) as served:
@@ -238,7 +241,7 @@ def test_in_replay_mode_a_file_answers_everybody_and_nobody_else_does(ci_file, u
         assert error["nearest"]["first"]["ours"] == "ho"
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_file_that_is_wrong_keeps_a_gateway_from_starting(ci_file, workers, tmp_path):
     arguments = ["serve", "--port", "0", "--workers", workers, "--recordings"]
     bad = read("ci.jsonl") + b"\n{}\n"

@@ -329,6 +329,7 @@ async def test_nobody_there_and_wrong_options_are_told(capsys):
     write(chat("hi"))
     code, _, err = await run_main(capsys, "warm", "requests.jsonl", "--url", "http://127.0.0.1:9")
     assert (code, "cannot be reached" in err) == (1, True)
-    for options in (["--rate", "0"], ["--rate", "x"], ["--concurrency", "0"], ["--caller-key-env", "NONE"]):
+    for options in (["--rate", "0"], ["--rate", "x"], ["--concurrency", "0"], ["--retries", "-1"]):
         assert (await run_main(capsys, "warm", "requests.jsonl", *options))[0] == 2
+    assert (await run_main(capsys, "warm", "requests.jsonl", "--caller-key-env", "NONE"))[0] == 2
     assert (await run_main(capsys, "warm", "none.jsonl", "--url", "http://127.0.0.1:9"))[0] == 2
