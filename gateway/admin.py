@@ -5,7 +5,7 @@ Nothing here is on the way of a request. `gateway.eraser` is how to be rid of it
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ class Filters(NamedTuple):
     min_bytes: int = 0
     stale: bool = False
     """Only those that are not fresh any more."""
+
+    def selectors(self, router: Router) -> list[Selector]:
+        """Of which one has to fit: a model may have two names."""
+        names = models_meant(router, self.model)
+        return [Selector(namespace=self.namespace, model=name, tag=self.tag) for name in names]
 
 
 class Listing(NamedTuple):
@@ -96,17 +101,14 @@ class Admin:
 
         The store's pages are given in full: it cannot go on in the middle of one without missing some.
         """
-        selectors = [
-            Selector(namespace=filters.namespace, model=model, tag=filters.tag)
-            for model in models_meant(self._router, filters.model)
-        ]
+        selectors = filters.selectors(self._router)
         found, first_time, scanned, began = [], Once(), 0, self._clock.monotonic()
         with store_is_needed():
             for _ in range(_LISTING_PAGES):
                 page, cursor = await self._inventory.page(cursor)
                 now = self._clock.now()
                 scanned += len(page)
-                found += [self._row(each, now) for each in page if _fits(each, filters, selectors, now) and first_time(each)]
+                found += [self._row(each, now) for each in page if fits(each, filters, selectors, now) and first_time(each)]
                 if not cursor or len(found) >= limit or self._clock.monotonic() - began > _LISTING_S:
                     break
         return Listing(found, cursor, scanned)
@@ -257,7 +259,8 @@ class Admin:
         return {"total": total | {"replaced": replaced}, "models": rows}
 
 
-def _fits(listed: Listed, filters: Filters, selectors: list[Selector], now: float) -> bool:
+def fits(listed: Listed, filters: Filters, selectors: Sequence[Selector], now: float) -> bool:
+    """Whether an entry is one of those; ``selectors`` are `Filters.selectors`."""
     meta, labels = listed.meta, labels_of(listed.key, listed.meta)
     return (
         any(selector.matches(labels) for selector in selectors)

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -13,7 +14,7 @@ from gateway.admin import Admin
 from gateway.config import Config, LangChainUpstreamConfig, Loaded, OpenAIUpstreamConfig, UpstreamConfig
 from gateway.core.apis import APIS
 from gateway.eraser import Eraser
-from gateway.errors import StoreUnavailable
+from gateway.errors import CommandFailed, StoreAway, StoreUnavailable
 from gateway.faults import Faults
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
@@ -31,6 +32,7 @@ from gateway.ports import Store, Upstream
 from gateway.pump import Rules
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Questions, Tenants
+from gateway.recordings import Recordings, Whose
 from gateway.service import Service
 from gateway.sharing import Terms
 from gateway.store.embedded import EmbeddedServer
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = web.AppKey("service", Service)
 STREAMS = web.AppKey("streams", Streams)
+RECORDINGS = web.AppKey("recordings", Recordings)
 RUNNING = web.AppKey("running", edge.Running)
 METRICS = web.AppKey("metrics", Metrics)
 ADMIN_APP = web.AppKey("admin_app", web.Application)
@@ -142,6 +145,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally, missing)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
+    app[RECORDINGS] = Recordings(store, store, router=router, tenants=tenants, rules=rules, purges=purges, clock=clock)
     operators = app
     if config.admin.listen:
         # Of what runs here nothing is waited for when the process ends, and nothing is refused.
@@ -162,7 +166,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             eraser=eraser,
             clock=clock,
         )
-        admin.add_routes(operators, about, lambda: adjustable.admin_key)
+        admin.add_routes(operators, about, app[RECORDINGS], lambda: adjustable.admin_key)
     if config.metrics.enabled:
         operators.router.add_get("/metrics", _metrics_handler(config, metrics, adjustable))
     _add_routes(app, config, router, tenants, Faults(questions, rules))
@@ -203,10 +207,31 @@ def _add_health(app: web.Application, store: Store, running: edge.Running) -> No
     app.router.add_get("/readyz", small.readiness(store, running))
 
 
+async def load_recordings(app: web.Application, config: Config) -> None:
+    """What `serve` starts with. Raises `ConfigError`, and `CommandFailed` where the store is away.
+
+    Each worker does it: what is there already is written once more, and changes nothing.
+    """
+    if not config.cache.recordings:
+        return
+    path = Path(config.cache.recordings)
+    whose: Whose = "everyone" if _is_shared(config) else "recorded"
+    try:
+        taken = await app[RECORDINGS].take_file(path, whose=whose)
+    except StoreAway as error:
+        raise CommandFailed(f"{path} cannot be loaded: {error.message}") from None
+    log.info("%d recordings of %s can be replayed", taken.counts["imported"] + taken.counts["kept"], path)
+
+
+def _is_shared(config: Config) -> bool:
+    """Whether answers are everybody's. Those of a file that is replayed are: nobody can tell who its tenants were."""
+    return config.cache.scope == "shared" or (config.is_replay and bool(config.cache.recordings))
+
+
 def _cache_rules(config: Config) -> CacheRules:
     cache = config.cache
     return CacheRules(
-        shared=cache.scope == "shared",
+        shared=_is_shared(config),
         ignored_paths=cache.ignored_paths,
         fresh_identity=config.replay.identity == "fresh",
         pace=config.replay.as_pace(),

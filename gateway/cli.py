@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gateway import __version__, commands
+from gateway import __version__, commands, file_commands
 from gateway.config import Loaded
 from gateway.errors import CommandFailed, ConfigError
 from gateway.logs import log_as
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="check the configuration", description="Checks the configuration and prints what would run."
     )
     for command, run in ((serve, _serve), (check, _check)):
-        command.set_defaults(run=partial(_run, run), workers=None, worker=None)
+        command.set_defaults(run=partial(_run, run), workers=None, worker=None, recordings=None)
         command.add_argument(
             "--mode",
             choices=("cache", "record", "replay", "off"),
@@ -61,8 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--host", help="the address to listen on, instead of [server] host")
         command.add_argument("--port", type=int, help="the port to listen on, instead of [server] port; 0: a free one")
     serve.add_argument("--workers", type=int, help="how many processes serve, instead of [server] workers")
+    serve.add_argument(
+        "--recordings",
+        type=os.path.abspath,
+        metavar="FILE",
+        help="answer from this file of `gateway export` too, instead of [cache] recordings",
+    )
     serve.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a supervisor's: the file descriptor to hear it on
     commands.add_parsers(known)
+    file_commands.add_parsers(known)
     return parser
 
 
@@ -79,7 +86,7 @@ def _run(run: Callable[[Source, Loaded], int], options: argparse.Namespace) -> i
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    places = {"server": ("host", "port", "workers"), "cache": ("mode",)}
+    places = {"server": ("host", "port", "workers"), "cache": ("mode", "recordings")}
     given = {
         section: {name: value for name in names if (value := getattr(options, name)) is not None}
         for section, names in places.items()

@@ -36,9 +36,9 @@ example:
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the commands; each sets ``run``, which takes the options and returns the exit code."""
-    stats = _parser(commands, "stats", "hits, misses, and what they saved", "gateway stats --scan", _stats)
+    stats = new_parser(commands, "stats", "hits, misses, and what they saved", "gateway stats --scan", _stats)
     stats.add_argument("--scan", action="store_true", help="look at every entry, and tell how many there are and how large")
-    listing = _parser(commands, "list", "list what is stored", "gateway list --model 'gpt-*' --stale | head", _list)
+    listing = new_parser(commands, "list", "list what is stored", "gateway list --model 'gpt-*' --stale | head", _list)
     listing.add_argument("--namespace", help="only those of this namespace")
     listing.add_argument("--model", help="only those of this model, pattern or alias")
     listing.add_argument("--tag", help="only those with this tag")
@@ -46,8 +46,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     listing.add_argument("--max-age", type=float, metavar="S", help="only those that are not older")
     listing.add_argument("--min-bytes", type=int, metavar="N", help="only those that are so large")
     listing.add_argument("--stale", action="store_true", help="only those that are not fresh any more")
-    listing.add_argument("--limit", type=_positive, metavar="N", help="no more than so many")
-    show = _parser(commands, "show", "show one entry", "gateway show KEY --part body | jq .choices", _show)
+    listing.add_argument("--limit", type=positive, metavar="N", help="no more than so many")
+    show = new_parser(commands, "show", "show one entry", "gateway show KEY --part body | jq .choices", _show)
     show.add_argument("key", type=_key, metavar="KEY", help="the entry's key, as `gateway list` tells it")
     show.add_argument("--part", choices=("body", "stream", "timing", "request"), help="only this, as it is stored")
     _add_purge(commands)
@@ -55,7 +55,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _add_purge(commands: Any) -> None:
-    purge = _parser(commands, "purge", "delete what is stored", "gateway purge --model 'gpt-4*' --dry-run", _purge)
+    purge = new_parser(commands, "purge", "delete what is stored", "gateway purge --model 'gpt-4*' --dry-run", _purge)
     purge.set_defaults(usage_error=purge.error)
     group = purge.add_argument_group("what to purge", "At least one; of several, all must fit.")
     group.add_argument("--key", help="an entry with all its samples")
@@ -70,7 +70,7 @@ def _add_purge(commands: Any) -> None:
 
 
 def _add_explain(commands: Any) -> None:
-    explain = _parser(
+    explain = new_parser(
         commands,
         "explain",
         "tell why a request is or is not answered from the cache",
@@ -91,7 +91,8 @@ def _add_explain(commands: Any) -> None:
     )
 
 
-def _parser(commands: Any, name: str, what: str, example: str, command: Command) -> argparse.ArgumentParser:
+def new_parser(commands: Any, name: str, what: str, example: str, command: Command) -> argparse.ArgumentParser:
+    """A command that talks to a running gateway."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=what,
@@ -109,7 +110,8 @@ def _parser(commands: Any, name: str, what: str, example: str, command: Command)
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's value."""
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError("it must be a whole number, 1 or more")
     return int(text)
@@ -164,9 +166,21 @@ def _access(options: argparse.Namespace) -> tuple[str, str]:
         raise CommandFailed("no admin key: the variable that --key-env or [admin] key_env names is not set", 2)
     if not key.isprintable():
         raise CommandFailed("the admin key has characters that no header can hold", 2)
+    return _checked(url), key
+
+
+def address(options: argparse.Namespace) -> str:
+    """Where the gateway is, for those who need no key of its administration."""
+    if options.url:
+        return _checked(options.url)
+    server = load(options.config, os.environ, secrets_needed=False).config.server
+    return _url(server.host, server.port)
+
+
+def _checked(url: str) -> str:
     if not _is_address(url):
         raise CommandFailed("--url must begin with http:// or https://, and have a host and no user or query", 2)
-    return url.rstrip("/").removesuffix("/v1"), key
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def _is_address(url: str) -> bool:
@@ -268,15 +282,20 @@ async def _explain(remote: "Remote", options: argparse.Namespace) -> int:
 
     request = _read_request(options.file)
     api = options.api or ("completions" if "prompt" in request and "messages" not in request else "chat")
-    headers = dict(map(_header, options.header))
+    headers = dict(map(header, options.header))
     if options.caller_key_env:
-        key = os.environ.get(options.caller_key_env, "").strip()
-        if not key:
-            raise CommandFailed("the variable that --caller-key-env names is not set", 2)
-        headers["Authorization"] = f"Bearer {key}"
+        headers["Authorization"] = f"Bearer {caller_key(options.caller_key_env)}"
     found = await remote.post("/admin/explain", {"api": api, "request": request, "headers": headers})
     tables.document(found) if options.json else tables.explanation(found)
     return 0
+
+
+def caller_key(variable: str) -> str:
+    """The key in the variable that ``--caller-key-env`` names. Raises `CommandFailed`."""
+    key = os.environ.get(variable, "").strip()
+    if not (key and key.isprintable()):
+        raise CommandFailed("the variable that --caller-key-env names is not set, or holds no key", 2)
+    return key
 
 
 def _read_request(file: str) -> dict[str, Any]:
@@ -292,7 +311,8 @@ def _read_request(file: str) -> dict[str, Any]:
     return dict(request)
 
 
-def _header(text: str) -> tuple[str, str]:
+def header(text: str) -> tuple[str, str]:
+    """The value of ``--header``. Raises `CommandFailed`."""
     name, colon, value = text.partition(":")
     if not (colon and name.strip()):
         raise CommandFailed("--header must be 'NAME: VALUE'", 2)

@@ -218,6 +218,7 @@ class CacheConfig(_Section):
     sample_seed: int = 0
     scope: Literal["tenant", "shared"] = "tenant"
     key_secret_env: Variable = ""
+    recordings: str = ""
 
     @field_validator("key_secret_env")
     @classmethod

@@ -172,6 +172,11 @@ class Flights:
         shared = self._shared.get(flight)
         return shared.listeners if shared else 0
 
+    async def ended(self) -> None:
+        """Returns when none runs, and all is stored that is to be."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
+
     async def close(self) -> None:
         """Ends every flight: its readers are told that the gateway is shutting down, other replicas that they may go on.
 

@@ -287,7 +287,7 @@ class Store(Protocol):
         """The recording's parts that such a reply needs, or None. ``patient`` waits seconds, not milliseconds."""
         ...
 
-    async def store(
+    async def store(  # noqa: PLR0913  # by keyword, and each with a default
         self,
         key: CacheKey,
         recording: Recording,
@@ -295,8 +295,10 @@ class Store(Protocol):
         ends: LogName | None = None,
         writer: Writer | None = None,
         end: bytes = b"",
+        life_s: float | None = None,
     ) -> bool:
-        """Writes a recording for its ``ttl_s`` and ``stale_s``; tells whether it did: one of a later-started flight stays.
+        """Writes a recording for its ``ttl_s`` and ``stale_s``, or for ``life_s``; tells whether it did: one of a
+        later-started flight stays.
 
         With ``ends``, the same step ends that log, as `end` does; raises `StoreFenced` and writes nothing where the log
         is another's. A recording that is replaced can still be had by `recording_of`, for ``resume_s``.

@@ -45,6 +45,10 @@ class Router(Protocol):
 
     def route(self, model: str) -> Route: ...
 
+    def fallback(self, name: str) -> Route:
+        """The same for ``upstream/model``, where there is such an upstream. Raises `ModelNotFound`."""
+        ...
+
     @property
     def stand_in(self) -> Upstream | None:
         """Who answers in replay mode what is not recorded, if anybody does."""

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 _FREE_KEYS = {"log": ("level",), "admin": ("key_env", "key_file")}
 # What keys and stored answers are made with, and how turns are taken, begins with the process.
 _FIXED_KEYS = {
-    "cache": ("key_secret_env", "compress_from_bytes", "sample_order", "sample_seed"),
+    "cache": ("key_secret_env", "compress_from_bytes", "sample_order", "sample_seed", "recordings"),
     "limits": (),
     "replay": (),
     "faults": (),

@@ -8,10 +8,13 @@ import aiohttp
 import orjson
 
 from gateway.errors import CommandFailed
+from gateway.warm import Reply
 
 NDJSON = "application/x-ndjson"
 # A purge tells more often than that how far it is.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=60.0)
+# An answer that is wanted whole comes all at once, when a model has said all.
+_PATIENT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=3900.0)
 _LONGEST_LINE_BYTES = 1 << 24
 _IS_OFF = (
     "the administration is off there: in the gateway's configuration, [admin] key_env names the environment variable that "
@@ -44,6 +47,17 @@ class Remote:
         async with self._asked("POST", path, json=body) as response:
             return _parsed(await response.read())
 
+    async def pieces(self, path: str, query: Mapping[str, str]) -> AsyncIterator[bytes]:
+        """An answer as it comes, however long it is."""
+        async with self._asked("GET", path, params=query) as response:
+            async for piece in response.content.iter_any():
+                yield piece
+
+    async def send(self, path: str, query: Mapping[str, str], lines: bytes, headers: Mapping[str, str]) -> Any:
+        """What is said to lines of JSON."""
+        async with self._asked("POST", path, params=query, data=lines, headers=headers) as response:
+            return _parsed(await response.read())
+
     async def watch(self, method: str, path: str, body: Any, tell: Callable[[int, int], object]) -> Any:
         """The result of what takes its time; ``tell`` is told how many entries were looked at, and how many went."""
         async with self._asked(method, path, json=body, accept=NDJSON) as response:
@@ -58,12 +72,12 @@ class Remote:
 
     @asynccontextmanager
     async def _asked(
-        self, method: str, path: str, *, params: Any = None, json: Any = None, accept: str = "*/*"
+        self, method: str, path: str, *, accept: str = "*/*", headers: Mapping[str, str] | None = None, **options: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        headers = {**self._headers, "Accept": accept}
+        headers = {**self._headers, "Accept": accept, **(headers or {})}
         try:
             async with self._session.request(
-                method, self.url + path, params=params, json=json, headers=headers, allow_redirects=False
+                method, self.url + path, headers=headers, allow_redirects=False, **options
             ) as response:
                 if response.status != 200:
                     _refuse(response.status, await response.read(), self.url)
@@ -72,6 +86,39 @@ class Remote:
             raise CommandFailed(f"{self.url} is not a URL", 2) from None
         except (aiohttp.ClientError, TimeoutError) as error:
             raise CommandFailed(f"the gateway at {self.url} cannot be reached: {_reason(error)}") from None
+
+
+class Caller:
+    """A gateway as its callers see it."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], concurrency: int) -> None:
+        self._url = url
+        self._headers = headers
+        self._concurrency = concurrency
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=self._concurrency)
+        self._session = aiohttp.ClientSession(timeout=_PATIENT, connector=connector, headers=self._headers)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def check(self) -> None:
+        """Raises `CommandFailed` where no gateway answers."""
+        try:
+            async with self._session.get(f"{self._url}/healthz") as response:
+                if response.status != 200:
+                    raise CommandFailed(f"what answers at {self._url} is no gateway (status {response.status})")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise CommandFailed(f"the gateway at {self._url} cannot be reached: {_reason(error)}") from None
+
+    async def ask(self, path: str, body: Any) -> Reply:
+        try:
+            async with self._session.post(self._url + path, json=body) as response:
+                return Reply(response.status, response.headers, await response.read())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return Reply(0, {}, _reason(error).encode())
 
 
 def _reason(error: Exception) -> str:

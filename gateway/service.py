@@ -161,6 +161,9 @@ class Service:
         """From now on it goes on, until it is given back to `leave`."""
         holding = self.replays[reader] = self._flights.limits.held.holding()
         holding.become(reader.recording.size_bytes)
+    async def ended(self) -> None:
+        """Returns when no call runs, and all answers are stored that are to be."""
+        await self._flights.ended()
 
     async def close(self) -> None:
         """Ends all running answers with an error that their callers are told."""

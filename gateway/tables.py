@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -41,10 +41,20 @@ def lines(values: Iterable[Any]) -> None:
 def raw(content: bytes) -> None:
     """As it is; for a terminal without what could steer it."""
     if sys.stdout.isatty():
-        _write(_lines_shown(content.decode("utf-8", "replace")) + "\n")
+        _write(_lines_shown(content.decode("utf-8", "replace").removesuffix("\n")) + "\n")
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(content)
+
+
+def say(text: str) -> None:
+    """A line or more, of our own words."""
+    _write(text + "\n")
+
+
+def complain(text: str) -> None:
+    """A line on standard error, which may have other people's words in it."""
+    sys.stderr.write(_shown(text) + "\n")
 
 
 # Tables
@@ -194,6 +204,45 @@ def progress(scanned: str, purged: str | None) -> Iterator[Tell]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("asking", total=None)
         yield lambda looked_at, gone: bar.update(task, description=text(looked_at, gone))
+
+
+@contextmanager
+def warming(total: int, done: int) -> Iterator[Callable[[int, Mapping[str, int]], None]]:
+    """Shows how many of ``total`` requests are done, of which ``done`` were before, and how they ended."""
+    began_s = time.monotonic()
+
+    def text(now_done: int, counts: Mapping[str, int]) -> str:
+        per_s = (now_done - done) / max(time.monotonic() - began_s, 0.001)
+        told = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("hits", "misses", "errors"))
+        return f"{now_done}/{total}, {per_s:.1f}/s, {told}"
+
+    if not sys.stderr.isatty():
+        latest = [done, {}]
+        with _said(lambda *_: text(*latest)) as say_now:  # type: ignore[arg-type]
+
+            def say(now_done: int, counts: Mapping[str, int]) -> None:
+                latest[:] = [now_done, counts]
+                say_now(0, 0)
+
+            yield say
+        return
+    columns = BarColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda now_done, counts: bar.update(task, completed=now_done, description=text(now_done, counts))
+
+
+def warmed(found: Mapping[str, Any]) -> None:
+    reasons = ", ".join(f"{count} {why}" for why, count in found["unstored"].items())
+    facts = {
+        "requests": f"{found['requests']}, in {_saved_time(found['seconds'])}",
+        "hits": str(found["hits"]),
+        "misses": str(found["misses"]),
+        "not stored": reasons,
+        "retries": str(found["retries"] or ""),
+        "errors": f"{found['errors']}, in {found['failures']}" if found["errors"] else "0",
+    }
+    _facts(facts)
 
 
 @contextmanager

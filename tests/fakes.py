@@ -165,7 +165,16 @@ class FakeStore:
         self._check()
         return found
 
-    async def store(self, key: str, recording: Recording, *, ends: Any = None, writer: Any = None, end: bytes = b"") -> bool:
+    async def store(
+        self,
+        key: str,
+        recording: Recording,
+        *,
+        ends: Any = None,
+        writer: Any = None,
+        end: bytes = b"",
+        life_s: float | None = None,
+    ) -> bool:
         if self.write_gate:
             await self.write_gate.wait()
         self._check()

@@ -22,6 +22,8 @@ PATHS = [
     ("POST", "/admin/purge"),
     ("GET", "/admin/stats"),
     ("POST", "/admin/explain"),
+    ("GET", "/admin/recordings"),
+    ("POST", "/admin/recordings"),
 ]
 
 

@@ -108,9 +108,11 @@ def test_the_administration_belongs_to_the_document_only_where_it_is_on():
         "GET /admin/",
         "GET /admin/entries",
         "GET /admin/entries/{key}",
+        "GET /admin/recordings",
         "GET /admin/stats",
         "POST /admin/explain",
         "POST /admin/purge",
+        "POST /admin/recordings",
     ]
     assert all(operation["security"] == [{"admin": []}] and "401" in operation["responses"] for operation in added.values())
     assert "admin" not in orjson.dumps(DOCUMENT).decode()

@@ -17,11 +17,12 @@ from gateway.core.key import CacheKey
 from gateway.core.recording import payload_of
 from gateway.eraser import Tell, Wanted
 from gateway.errors import EntryNotFound, GatewayError, InvalidRequest, PathNotFound, Unauthorized
+from gateway.http import recordings
 from gateway.http.completions import controls_of, read_json
 from gateway.http.edge import EXCHANGE, Exchange, Handler, not_allowed
+from gateway.http.recordings import NDJSON
 from gateway.questions import Request
-
-NDJSON = "application/x-ndjson"
+from gateway.recordings import Recordings, Terms
 
 _KEY = re.compile(r"[0-9a-f]{40}")
 _CURSOR = re.compile(r"[0-9]{0,19}|[0-9]{1,5}-[0-9]{1,5}-[0-9a-f]{0,40}-[0-9]{0,19}")
@@ -41,12 +42,18 @@ _SERVED = (
     ("POST", "/admin/purge", "purges by key, id, stream, namespace, model, tag, or all: true; dry_run: true only counts"),
     ("GET", "/admin/stats", "hits, misses and what they saved; ?scan=true looks at every entry too"),
     ("POST", "/admin/explain", "why a request (api, request, headers) is or is not answered from the cache"),
+    (
+        "GET",
+        "/admin/recordings",
+        "recordings as lines of JSON: ?namespace= &model= &tag= &min_age_s= &max_age_s= &min_bytes= &stale=true",
+    ),
+    ("POST", "/admin/recordings", "takes such lines in: ?ttl_s= &everyone=true"),
 )
 
 
-def add_routes(app: web.Application, admin: Admin, key: Callable[[], str]) -> None:
+def add_routes(app: web.Application, admin: Admin, about: Recordings, key: Callable[[], str]) -> None:
     """Serves everything below ``/admin/`` to whoever shows the ``key`` of that moment, and 401 to all others."""
-    handlers = _Handlers(admin)
+    handlers = _Handlers(admin, about)
     served: list[Handler] = [
         handlers.root,
         handlers.entries,
@@ -55,6 +62,8 @@ def add_routes(app: web.Application, admin: Admin, key: Callable[[], str]) -> No
         handlers.purge,
         handlers.stats,
         handlers.explain,
+        handlers.export,
+        handlers.take,
     ]
     allowed: dict[str, list[str]] = {}
     for (method, path, _), handler in zip(_SERVED, served, strict=True):
@@ -105,10 +114,11 @@ def _unserved(allowed: Mapping[str, list[str]]) -> Handler:
 
 
 class _Handlers:
-    """Each reads its parameters, asks `Admin`, and writes JSON."""
+    """Each reads its parameters, asks `Admin` or `Recordings`, and writes JSON."""
 
-    def __init__(self, admin: Admin) -> None:
+    def __init__(self, admin: Admin, about: Recordings) -> None:
         self._admin = admin
+        self._recordings = about
 
     async def root(self, request: web.Request) -> web.Response:
         _Query(request).end()
@@ -117,15 +127,7 @@ class _Handlers:
 
     async def entries(self, request: web.Request) -> web.Response:
         query = _Query(request)
-        filters = Filters(
-            namespace=query.text("namespace"),
-            model=query.text("model"),
-            tag=query.text("tag"),
-            min_age_s=query.number("min_age_s", 0.0),
-            max_age_s=query.number("max_age_s", math.inf),
-            min_bytes=query.whole("min_bytes", 0),
-            stale=query.boolean("stale"),
-        )
+        filters = query.filters()
         cursor, limit = query.text("cursor") or "", query.whole("limit", 100, least=1, most=_MOST_ENTRIES)
         query.end()
         if not _CURSOR.fullmatch(cursor):
@@ -158,6 +160,19 @@ class _Handlers:
 
     async def explain(self, request: web.Request) -> web.Response:
         return _json(await self._admin.explain(_asked(await _object(request))))
+
+    async def export(self, request: web.Request) -> web.StreamResponse:
+        query = _Query(request)
+        filters = query.filters()
+        query.end()
+        return await recordings.write(request, self._recordings, filters)
+
+    async def take(self, request: web.Request) -> web.StreamResponse:
+        query = _Query(request)
+        ttl_s = query.number("ttl_s", -1.0)
+        terms = Terms("everyone" if query.boolean("everyone") else "recorded", ttl_s=None if ttl_s < 0 else ttl_s)
+        query.end()
+        return await recordings.read(request, self._recordings, terms)
 
 
 # Requests
@@ -204,6 +219,18 @@ class _Query:
         if text not in (None, "true", "false"):
             raise InvalidRequest(f"'{name}' must be true or false.", param=name)
         return text == "true"
+
+    def filters(self) -> Filters:
+        """Which entries are meant."""
+        return Filters(
+            namespace=self.text("namespace"),
+            model=self.text("model"),
+            tag=self.text("tag"),
+            min_age_s=self.number("min_age_s", 0.0),
+            max_age_s=self.number("max_age_s", math.inf),
+            min_bytes=self.whole("min_bytes", 0),
+            stale=self.boolean("stale"),
+        )
 
     def end(self) -> None:
         for name in self._left:

@@ -268,7 +268,25 @@ def _admin_paths() -> Json:
                 "explain", "Why a request is or is not answered.", "Explanation", body="Explain", errors=(404, 503)
             )
         },
+        "/admin/recordings": _recordings(),
     }
+
+
+def _recordings() -> Json:
+    lines = {"application/x-ndjson": {"schema": {"type": "string", "description": "Lines of JSON, a recording each."}}}
+    query = [_parameter(name, "query", schema) for name, schema in _ENTRIES_QUERY.items() if name not in ("limit", "cursor")]
+    out = _administered("exportRecordings", "Recordings, in no order, each at least once.", "AnyObject", *query)
+    out["responses"]["200"]["content"] = lines
+    into = _administered(
+        "importRecordings",
+        "Takes recordings in, each under the key that its request has here.",
+        "Imported",
+        _parameter("ttl_s", "query", {"type": "number", "minimum": 0, "description": "For how long they are fresh."}),
+        _parameter("everyone", "query", {"type": "boolean", "description": "They are for all callers, whosever they were."}),
+        _parameter("Gateway-Caller-Authorization", "header", _string("The `Authorization` of the caller they are for.")),
+    )
+    into["requestBody"] = {"required": True, "content": lines}
+    return {"get": out, "post": into}
 
 
 def _administered(
@@ -341,6 +359,8 @@ def _admin_schemas() -> Json:
     }
     listing = {"object": {"const": "list"}, "data": _array(_ref("schemas", "CacheEntry")), "cursor": text, "scanned": whole}
     parts = {"timing": timing, "stream": texts, "body": {}, "request": {}, "samples": texts, "stored_bytes": whole}
+    error = _object({"line": whole, "message": text}, "line", "message")
+    taken = {**dict.fromkeys(("imported", "kept", "expired", "purged", "failed"), whole), "errors": _array(error)}
     explain = {"api": {"enum": ["chat", "completions"]}, "headers": {"type": "object", "additionalProperties": text}}
     explain["request"] = {"anyOf": [_ref("schemas", "ChatCompletionRequest"), _ref("schemas", "CompletionRequest")]}
     return {
@@ -359,6 +379,7 @@ def _admin_schemas() -> Json:
             },
             *("object", "since", "total", "models"),
         ),
+        "Imported": _object({"object": {"const": "cache.import"}, **taken}, *taken),
         "Explain": _object(explain, "request") | {"additionalProperties": False},
         "Explanation": _object({"object": {"const": "cache.explanation"}, **explained}, *explained),
     }

@@ -103,7 +103,7 @@ class RedisStore(Logs, RedisInventory):
         command = scripts.RECORDING_OF.call(keys, log.flight, *FIELDS["stream"])
         return await self._packer.load("stream", await self._server.run(command, "patient"))
 
-    async def store(
+    async def store(  # noqa: PLR0913  # by keyword, and each with a default
         self,
         key: CacheKey,
         recording: Recording,
@@ -111,9 +111,10 @@ class RedisStore(Logs, RedisInventory):
         ends: LogName | None = None,
         writer: Writer | None = None,
         end: bytes = b"",
+        life_s: float | None = None,
     ) -> bool:
         with self._server.writing(), self._room_for(recording.size_bytes):
-            recorded = await self._recorded(recording)
+            recorded = await self._recorded(recording, life_s)
             own = replaced = LogName(key, FlightId(recording.meta.flight))
             for attempt in range(_STORE_TRIES):
                 names = [self._keys.recording(key), self._keys.replaced(replaced), self._keys.replaced(own)]
@@ -140,9 +141,9 @@ class RedisStore(Logs, RedisInventory):
         await asyncio.gather(self._bell.close(), self._server.close())
         self._packer.close()
 
-    async def _recorded(self, recording: Recording) -> list[Any]:
+    async def _recorded(self, recording: Recording, life_s: float | None) -> list[Any]:
         meta, marks = recording.meta, recording.marks or Marks()
-        at_us, life_ms = int(meta.started_at * 1e6), milliseconds(meta.ttl_s + meta.stale_s)
+        at_us, life_ms = int(meta.started_at * 1e6), milliseconds(meta.ttl_s + meta.stale_s if life_s is None else life_s)
         sse, body, request = await self._packer.pack_all([recording.sse or b"", recording.body or b"", recording.request])
         parts = (meta.dumps(), sse, marks.pack(), body, request)
         return [VERSION, at_us, *parts, meta.flight, life_ms, self._resume_ms]

@@ -14,9 +14,10 @@ _WORDS = "The gateway is in replay mode: it has nobody to ask, and passes nothin
 class AbsentUpstream:
     """An upstream without a client, a credential or an address."""
 
-    def __init__(self, config: UpstreamConfig) -> None:
+    def __init__(self, config: UpstreamConfig, *, shared: bool) -> None:
+        """``shared``: whether what is replayed is everybody's, whoever has paid for it."""
         self.name = config.name
-        self.passes_credential = config.passes_credential
+        self.passes_credential = config.passes_credential and not shared
 
     def ask(self, call: Call) -> AbstractAsyncContextManager[Answer]:  # noqa: ARG002  # the port's signature
         """Raises `NotRecorded`."""

@@ -68,7 +68,7 @@ def _new_upstream(config: UpstreamConfig, loaded: Loaded) -> Upstream:
     In replay mode none is: what does not exist can ask nobody.
     """
     if loaded.config.is_replay:
-        return AbsentUpstream(config)
+        return AbsentUpstream(config, shared=bool(loaded.config.cache.recordings))
     if isinstance(config, OpenAIUpstreamConfig):
         from gateway.upstreams.openai import OpenAIUpstream  # noqa: PLC0415
 

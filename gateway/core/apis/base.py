@@ -25,7 +25,7 @@ _TOKEN_LIKE = re.compile(r"\s*\S{1,12}|\s+")
 _IN_EVERY_CHUNK = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
 
 # In a fragment these say the same thing again; any other string is the next piece of a text.
-_REPEATED = frozenset({"role", "id", "type", "name", "index", "object", "format", "signature", "call_id", "expires_at"})
+REPEATED = frozenset({"role", "id", "type", "name", "index", "object", "format", "signature", "call_id", "expires_at"})
 
 
 class RequestProblem(ValueError):
@@ -118,7 +118,7 @@ def merge(into: Json, fragment: Json) -> None:
         old = into.get(name)
         if old is None:
             into[name] = value
-        elif isinstance(old, str) and isinstance(value, str) and name not in _REPEATED:
+        elif isinstance(old, str) and isinstance(value, str) and name not in REPEATED:
             # CPython extends a string in place while nothing else refers to it: without this, n pieces copy n² bytes.
             into[name] = None
             old += value
@@ -127,7 +127,7 @@ def merge(into: Json, fragment: Json) -> None:
             merge(old, value)
         elif isinstance(old, list) and isinstance(value, list):
             _merge_lists(old, value)
-        elif value is not None and not (value == "" and name in _REPEATED):
+        elif value is not None and not (value == "" and name in REPEATED):
             into[name] = value
 
 
