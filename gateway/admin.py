@@ -21,6 +21,7 @@ from gateway.core.recording import Meta, Recording
 from gateway.eraser import Eraser, Once, Tell, Wanted, models_meant, store_is_needed
 from gateway.errors import EntryNotFound, StoreCorrupt
 from gateway.ports import Clock, Inventory, Listed, Store
+from gateway.profiling import Profiler
 from gateway.purges import Purges, labels_of
 from gateway.questions import Asked, Questions, Request, Router
 from gateway.tally import Tally
@@ -102,10 +103,7 @@ class Admin:
 
         The store's pages are given in full: it cannot go on in the middle of one without missing some.
         """
-        selectors = [
-            Selector(namespace=filters.namespace, model=model, tag=filters.tag)
-            for model in models_meant(self._router, filters.model)
-        ]
+        selectors = self._selectors(filters)
         found, first_time, scanned, began = [], Once(), 0, self._clock.monotonic()
         with store_is_needed():
             for _ in range(_LISTING_PAGES):
@@ -148,6 +146,17 @@ class Admin:
         found = {"object": "cache.stats", "since": since, "total": _total(models), "models": models}
         return found | ({"stored": stored} if scan else {})
 
+    async def profile(self, filters: Filters, limit: int, tell: Tell = lambda *_: None) -> dict[str, Any]:
+        """When the tokens of each model came, in up to ``limit`` of the recordings; bounded in time and memory."""
+        selectors, first_time, now = self._selectors(filters), Once(), self._clock.now()
+
+        def is_wanted(listed: Listed) -> bool:
+            fits = not listed.replaced and _fits(listed, filters, selectors, now)
+            return fits and not self._purges.covers(listed.key, listed.meta) and first_time(listed)
+
+        with store_is_needed():
+            return await Profiler(self._store, self._inventory, self._clock).profile(is_wanted, limit, tell)
+
     async def explain(self, request: Request) -> dict[str, Any]:
         """Where a request leads, what is there, and if nothing is, which recent one it nearly was."""
         asked = self._questions.asked(request)
@@ -176,6 +185,12 @@ class Admin:
     async def purge(self, wanted: Wanted, tell: Tell = lambda *_: None) -> dict[str, Any]:
         """See `Eraser.purge`."""
         return await self._eraser.purge(wanted, tell)
+
+    def _selectors(self, filters: Filters) -> list[Selector]:
+        return [
+            Selector(namespace=filters.namespace, model=model, tag=filters.tag)
+            for model in models_meant(self._router, filters.model)
+        ]
 
     # Rows
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from gateway.config import load
 from gateway.errors import CommandFailed
@@ -52,6 +52,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     show.add_argument("--part", choices=("body", "stream", "timing", "request"), help="only this, as it is stored")
     _add_purge(commands)
     _add_explain(commands)
+    _add_profile(commands)
 
 
 def _add_purge(commands: Any) -> None:
@@ -88,6 +89,23 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument(
         "--caller-key-env", metavar="NAME", help="the variable that holds the caller's own key, whose view is wanted"
+    )
+
+
+def _add_profile(commands: Any) -> None:
+    profile = _parser(
+        commands,
+        "profile",
+        "tell how fast the models of recordings are, and how to simulate them",
+        "gateway profile --model 'gpt-*' --max-age 86400",
+        _profile,
+    )
+    profile.add_argument("--namespace", help="only recordings of this namespace")
+    profile.add_argument("--model", help="only those of this model, pattern or alias")
+    profile.add_argument("--tag", help="only those with this tag")
+    profile.add_argument("--max-age", type=float, metavar="S", help="only those that are not older")
+    profile.add_argument(
+        "--limit", type=_positive, default=1000, metavar="N", help="look at no more than so many (default: 1000)"
     )
 
 
@@ -276,6 +294,26 @@ async def _explain(remote: "Remote", options: argparse.Namespace) -> int:
         headers["Authorization"] = f"Bearer {key}"
     found = await remote.post("/admin/explain", {"api": api, "request": request, "headers": headers})
     tables.document(found) if options.json else tables.explanation(found)
+    return 0
+
+
+async def _profile(remote: "Remote", options: argparse.Namespace) -> int:
+    from gateway import tables  # noqa: PLC0415
+    from gateway.core.profile import config_of  # noqa: PLC0415
+
+    given = {
+        "namespace": options.namespace,
+        "model": options.model,
+        "tag": options.tag,
+        "max_age_s": options.max_age,
+        "limit": options.limit,
+    }
+    query = urlencode({name: value for name, value in given.items() if value is not None})
+    with tables.progress("looked at", None) as tell:
+        found = await remote.watch("GET", f"/admin/profile?{query}", None, tell)
+    timed = [(row["model"], row["fitted"]) for row in found["models"] if row["timed"]]
+    found["config"] = config_of(timed) if timed else ""
+    tables.document(found) if options.json else tables.profile(found)
     return 0
 
 

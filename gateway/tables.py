@@ -6,7 +6,7 @@ Models, tags and texts are other people's: what could steer a terminal is shown 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from gateway.core import chart
+
 Tell = Callable[[int, int], object]
 
 # Wider than any table, so that nothing is cut or wrapped.
@@ -24,6 +26,7 @@ _NO_TERMINAL_WIDTH = 100_000
 _NARROWEST = 130
 _TELL_EVERY_S = 5.0
 _LONGEST_EXCERPT = 2000
+_CHART_ROWS, _CHART_WIDTH = 16, 60
 
 
 # JSON
@@ -176,6 +179,32 @@ def _nearest(nearest: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def profile(found: Mapping[str, Any]) -> None:
+    """Percentiles by model, how they are distributed, and the configuration that is like them."""
+    shares = ("p10", "p50", "p90", "p99")
+    names = [f"{what} {share.upper()}" for what in ("TTFT", "GAP") for share in shares]
+    table = _table("MODEL", "RECORDINGS", "TIMED", *names, "TOKENS/S", left=1)
+    for row in found["models"]:
+        times = [_ms_or_none(row[what][share]) for what in ("ttft_us", "gaps_us") for share in shares]
+        rate = row["fitted"].get("tokens_per_s")
+        _add(table, row["model"], row["recordings"], row["timed"], *times, "-" if rate is None else f"{rate:.1f}")
+    _print(table)
+    for row in found["models"]:
+        _chart(f"{row['model']}: time to the first token", row["ttft_us"]["histogram"])
+        _chart(f"{row['model']}: from one token to the next", row["gaps_us"]["histogram"])
+    if not found["complete"]:
+        _write(f"\na sample: {found['recordings']} of more recordings\n")
+    if found["config"]:
+        _write(f"\n# A simulated model that behaves alike:\n\n{found['config']}")
+
+
+def _chart(title: str, histogram: Sequence[chart.Span]) -> None:
+    if histogram:
+        _write(f"\n{_shown(title)}\n")
+    for begin_us, count, bar in chart.rows(histogram, most=_CHART_ROWS, width=_CHART_WIDTH):
+        _write(f"{_ms_or_none(begin_us):>12} │{bar}{f' {count}' if count else ''}\n")
+
+
 # Progress and questions
 
 
@@ -281,6 +310,10 @@ def _timing(timing: Mapping[str, Any]) -> str:
 
 def _ms(us: int) -> str:
     return f"{us / 1000:.1f} ms"
+
+
+def _ms_or_none(us: float | None) -> str:
+    return "-" if us is None else f"{us / 1000:.2f} ms" if us < 10_000 else f"{us / 1000:.0f} ms"
 
 
 def _day(at_s: float) -> str:

@@ -9,6 +9,7 @@ from running import Got
 from stores import META, RECORDING
 
 from gateway.core.key import sample_key
+from gateway.core.recording import Recorder
 from gateway.eraser import Eraser, Wanted
 from gateway.errors import StoreUnavailable
 from gateway.http.admin import NDJSON
@@ -21,6 +22,7 @@ PATHS = [
     ("DELETE", "/admin/entries/" + "0" * 40),
     ("POST", "/admin/purge"),
     ("GET", "/admin/stats"),
+    ("GET", "/admin/profile"),
     ("POST", "/admin/explain"),
 ]
 
@@ -513,6 +515,68 @@ async def test_statistics_look_at_every_entry_where_that_is_asked(gateway):
     lines = (await ask(gateway, "GET", "/admin/stats?scan=true", headers={"Accept": NDJSON})).body.splitlines()
     assert json.loads(lines[-2]) == {"object": "progress", "scanned": 450, "purged": 0}
     assert json.loads(lines[-1])["stored"] == stored
+
+
+# Profiles
+
+
+def spoken(count, *, gap_us=20_000):
+    """A recording in which so many tokens have come, the first after 100 ms."""
+    recorder = Recorder()
+    for place in range(count):
+        delta = {"choices": [{"index": 0, "delta": {"content": "a"}}]}
+        recorder.add(json.dumps({"id": "chatcmpl-1", "created": 5, **delta}).encode(), 100_000 + place * gap_us)
+    return recorder.recording(META._replace(frames=count), b"{}")
+
+
+async def store_spoken(gateway, number, count=5, **members):
+    recording = spoken(count)
+    meta = recording.meta._replace(flight=f"{number:016x}", ttl_s=600.0, written_at=gateway.now, usage=None, **members)
+    await gateway.store.store(f"{number:040x}", replace(recording, meta=meta))
+
+
+async def test_a_profile_tells_when_the_tokens_of_each_model_came(gateway):
+    for number in range(3):
+        await store_spoken(gateway, number, model="fast")
+    await store_spoken(gateway, 9, count=11, model="slow", whole=True)
+    found = (await ask(gateway, "GET", "/admin/profile")).json
+    assert (found["object"], found["recordings"], found["complete"]) == ("cache.profile", 4, True)
+    fast, slow = found["models"]
+    assert (fast["model"], fast["recordings"], fast["timed"]) == ("fast", 3, 3)
+    assert fast["ttft_us"]["p50"] == pytest.approx(100_000, rel=1 / 32)
+    assert fast["gaps_us"]["p99"] == pytest.approx(20_000, rel=1 / 32)
+    [(low, high, count)] = fast["gaps_us"]["histogram"]
+    assert (low <= 20_000 < high, count) == (True, 12)
+    assert fast["fitted"]["ttft_s"] == pytest.approx(0.1)
+    assert fast["fitted"]["tokens_per_s"] == pytest.approx(50)
+    assert (slow["model"], slow["timed"], slow["ttft_us"]["p50"]) == ("slow", 0, None)
+
+
+async def test_a_profile_looks_at_no_more_than_it_is_told_and_only_at_what_fits(gateway):
+    for number in range(450):
+        await store_spoken(gateway, number, model="one" if number % 2 else "two", tags=("red",) if number < 3 else ())
+    found = (await ask(gateway, "GET", "/admin/profile?limit=7")).json
+    assert (found["recordings"], found["complete"]) == (7, False)
+    assert found["scanned"] < 450
+    assert (await ask(gateway, "GET", "/admin/profile?model=one")).json["recordings"] == 225
+    assert (await ask(gateway, "GET", "/admin/profile?tag=red&namespace=")).json["recordings"] == 3
+    assert (await ask(gateway, "GET", "/admin/profile?min_age_s=60")).json["recordings"] == 0
+    lines = (await ask(gateway, "GET", "/admin/profile", headers={"Accept": NDJSON})).body.splitlines()
+    assert json.loads(lines[0])["object"] == "progress"
+    assert json.loads(lines[-1])["recordings"] == 450
+
+
+async def test_what_was_purged_or_does_not_load_is_no_part_of_a_profile(gateway):
+    for number in range(4):
+        await store_spoken(gateway, number)
+    await gateway.store._server.write(("HSET", gateway.store._keys.recording(f"{1:040x}"), "marks", b"x"))
+    await purge(gateway, key=f"{2:040x}")
+    assert (await ask(gateway, "GET", "/admin/profile")).json["recordings"] == 2
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=10001", "model=a&model=b", "cursor=1", "max_age_s=x"])
+async def test_a_profile_of_what_nobody_can_mean_is_refused(gateway, query):
+    assert (await ask(gateway, "GET", f"/admin/profile?{query}")).status == 400
 
 
 # Explanations

@@ -15,6 +15,7 @@ import pytest
 from served import PROGRAM, Served
 
 from gateway.cli import main
+from gateway.config import load
 
 SECRET = "open-sesame"
 COMMANDS = {
@@ -23,6 +24,7 @@ COMMANDS = {
     "show": ["0" * 40],
     "purge": ["--all", "--yes"],
     "explain": ["request.json"],
+    "profile": [],
 }
 
 
@@ -110,6 +112,34 @@ async def test_list_filters_limits_and_goes_through_all_pages(gateway, run):
     assert len(await entries(run, "--limit", "2")) == 2
     code, out, _ = await run("list", "--stale")
     assert (code, out.split()[0]) == (0, "KEY")
+
+
+async def test_profile_prints_percentiles_charts_and_a_configuration_that_can_be_used(gateway, run, tmp_path):
+    await fill(gateway)
+    code, out, _ = await run("profile")
+    assert code == 0
+    head, first, second, *_ = out.splitlines()
+    assert head.split()[:3] == ["MODEL", "RECORDINGS", "TIMED"]
+    assert first.split()[:3] == ["model-1", "2", "2"]
+    assert second.startswith(r"mini\x1b[2J[bold]")
+    assert "\x1b" not in out
+    assert "model-1: time to the first token\n" in out
+    assert "█" in out
+    (tmp_path / "copied.toml").write_text(out.partition("\n# ")[2].partition("\n")[2], "utf-8")
+    [upstream] = load(tmp_path / "copied.toml", {}).config.upstreams
+    [row, _] = json.loads((await run("profile", "--json"))[1])["models"]
+    assert upstream.behaviour("model-1").ttft_s == pytest.approx(row["fitted"]["ttft_s"], rel=1e-3)
+    assert upstream.behaviour("mini\x1b[2J[bold]").length_tokens == row["fitted"]["length_tokens"]
+
+
+async def test_profile_filters_and_samples(gateway, run):
+    await fill(gateway)
+    code, out, _ = await run("profile", "--limit", "1", "--model", "model-*")
+    assert (code, "a sample: 1 of more recordings" in out) == (0, True)
+    found = json.loads((await run("profile", "--json", "--tag", "red", "--max-age", "60"))[1])
+    assert (found["recordings"], "[[upstreams.profiles]]" in found["config"]) == (1, True)
+    none = json.loads((await run("profile", "--json", "--namespace", "nobody"))[1])
+    assert (none["models"], none["config"]) == ([], "")
 
 
 async def test_show_prints_what_an_entry_has(gateway, run):
