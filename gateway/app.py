@@ -19,6 +19,7 @@ from gateway.http import admin, completions, edge, small, streams
 from gateway.http.relay import Relay
 from gateway.observe import AccessLog, Sink
 from gateway.ports import Store, Upstream
+from gateway.pulse import Pulse, Reporter
 from gateway.pump import Rules
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Questions, Tenants
@@ -115,10 +116,15 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     tenants, rules = Tenants(store), _cache_rules(config)
     adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key)
     questions = Questions(router, store, tenants, rules)
-    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally)
+    pulse = Pulse(store.replica, clock, tally.totals) if admin_key and config.admin.is_open else None
+    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally, pulse)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
-    if admin_key and config.admin.is_open:
+    reporter = None
+    if pulse:
+        pulse.open = lambda: app[SERVICE].open_readers
+        sinks.append(pulse)
+        reporter = Reporter(pulse, store)
         about = Admin(
             store,
             store,
@@ -128,6 +134,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             purges=purges,
             tally=tally,
             eraser=eraser,
+            reporter=reporter,
             clock=clock,
         )
         admin.add_routes(app, about, lambda: adjustable.admin_key)
@@ -138,6 +145,8 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
         await purges.open()
         yield
         await app[SERVICE].close()
+        if reporter:
+            await reporter.close()
         await eraser.close()
         await purges.close()
         await tally.close()

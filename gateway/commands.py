@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gateway.remote import Remote
 
 Command = Callable[["Remote", argparse.Namespace], Coroutine[Any, Any, int]]
+_SHORTEST_INTERVAL_S, _LONGEST_INTERVAL_S = 0.05, 3600.0
 SELECTORS = ("key", "id", "stream", "namespace", "model", "tag")
 
 _EPILOG = """The gateway must have an admin key: [admin] key_env in its configuration names the variable that holds it.
@@ -38,6 +40,11 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """Adds the commands; each sets ``run``, which takes the options and returns the exit code."""
     stats = _parser(commands, "stats", "hits, misses, and what they saved", "gateway stats --scan", _stats)
     stats.add_argument("--scan", action="store_true", help="look at every entry, and tell how many there are and how large")
+    stats.add_argument(
+        "--watch", action="store_true", help="show what happens now, until Ctrl-C; with --json a line an interval"
+    )
+    stats.add_argument("--interval", type=_seconds, default=2.0, metavar="S", help="how often --watch looks (default: 2)")
+    stats.add_argument("--count", type=_positive, metavar="N", help="how many times --watch looks (default: without end)")
     listing = _parser(commands, "list", "list what is stored", "gateway list --model 'gpt-*' --stale | head", _list)
     listing.add_argument("--namespace", help="only those of this namespace")
     listing.add_argument("--model", help="only those of this model, pattern or alias")
@@ -133,6 +140,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not _SHORTEST_INTERVAL_S <= seconds <= _LONGEST_INTERVAL_S:
+        raise argparse.ArgumentTypeError(f"it must be a number from {_SHORTEST_INTERVAL_S:g} to {_LONGEST_INTERVAL_S:g}")
+    return seconds
+
+
 def _key(text: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", text):
         raise argparse.ArgumentTypeError("it must be 40 hexadecimal digits, in lower case")
@@ -210,11 +227,31 @@ def _url(host: str, port: int) -> str:
 async def _stats(remote: "Remote", options: argparse.Namespace) -> int:
     from gateway import tables  # noqa: PLC0415
 
+    if options.watch:
+        return await _watch(remote, options)
     with tables.progress("looked at", None) as tell:
         path = "/admin/stats?scan=true" if options.scan else "/admin/stats"
         found = await remote.watch("GET", path, None, tell)
     tables.document(found) if options.json else tables.stats(found)
     return 0
+
+
+async def _watch(remote: "Remote", options: argparse.Namespace) -> int:
+    from gateway import tables  # noqa: PLC0415
+    from gateway.core.rates import Watch  # noqa: PLC0415
+
+    watch, looks, before_at = Watch(), 0, 0.0
+    with tables.live() if not options.json else nullcontext(lambda figures: tables.lines([figures])) as show:
+        while True:
+            found = await remote.get("/admin/live")
+            figures = watch.look(found["reports"], found["at"], found["at"] - before_at)
+            if looks:
+                show({"at": found["at"], **figures})
+                sys.stdout.flush()
+            if looks == options.count:
+                return 0
+            looks, before_at = looks + 1, found["at"]
+            await asyncio.sleep(options.interval)
 
 
 async def _list(remote: "Remote", options: argparse.Namespace) -> int:

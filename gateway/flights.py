@@ -85,6 +85,11 @@ class Flights:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @property
+    def readers(self) -> int:
+        """How many there are of all flights that are not over."""
+        return sum(flight.readers for flight in self._tasks)
+
     def find(self, key: CacheKey) -> Flight | None:
         """The flight that a request of this key may join, or whose recording is on its way to the store."""
         flight = self._by_key.get(key)

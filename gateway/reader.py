@@ -15,6 +15,7 @@ from gateway.core.stream_id import Cursor, format_cursor
 from gateway.errors import GatewayError, InvalidRequest, ShuttingDown, StreamDiverged, StreamLost
 from gateway.flight import Flight, settle
 from gateway.ports import Clock
+from gateway.pulse import Meter
 
 # A long recording is written in pieces of about this size, so that a slow client's backlog stays small.
 _PIECE_BYTES = 65_536
@@ -49,6 +50,8 @@ class _Ending:
     ids: EventIds | None = None
     nonce = ""
     """What tells this reader from any other, where it can be resumed."""
+    meter: Meter | None = None
+    """What counts the frames that it gives."""
     over = False
     """Whether the caller had seen all there is, the end included."""
     _number = 0
@@ -116,10 +119,12 @@ class FlightReader(_Ending):
         if self._seeks() or self._error:  # in this order: who seeks may find an error
             return b""
         data, self._rest = self._rest, b""
-        flight = self.flight
+        flight, before = self.flight, self.at
         while self.at < flight.count and len(data) < _PIECE_BYTES:
             start = self.at - flight.base
             data += self._rendered(flight.frames[start : start + _PIECE_FRAMES], _PIECE_BYTES - len(data))
+        if self.meter and self.at > before:
+            self.meter.sent(self.at - before)
         return data
 
     def _rendered(self, frames: Sequence[Frame], room_bytes: int) -> bytes:
@@ -190,7 +195,10 @@ class FlightReader(_Ending):
             await self.flight.changed()
         if self._error and not self.flight.overflowed:
             raise self._error
-        return self.flight.whole()
+        body = self.flight.whole()
+        if self.meter:
+            self.meter.sent_whole(self.flight.count)
+        return body
 
     async def outcome(self, within_s: float) -> tuple[bool | None, str]:
         """Whether the answer is stored, or None where that does not turn out in time; and a word for why not."""
@@ -340,14 +348,19 @@ class RecordingReader(_Ending):
         """The whole stream, where nothing stands against sending it in one write."""
         if self.ids or self._after or self._pace.kind != "instant" or len(self.recording.sse or b"") > 4 * _PIECE_BYTES:
             return None
+        if self.meter:
+            self.meter.sent(self.recording.meta.frames)
         return self.recording.stream(self._identity, usage=self._usage)
 
     async def next(self, idle_s: float) -> bytes | None:
         """The frames that are due, together; None after ``idle_s`` in which none was; empty at the end."""
         frames = self._load()
         while not self.at_end:
-            end = due_by(self._schedule, self._cursor, self._clock.monotonic() - self._began)
+            elapsed_s = self._clock.monotonic() - self._began
+            end = due_by(self._schedule, self._cursor, elapsed_s)
             if end > self._cursor:
+                if self.meter and self._pace.kind != "instant":
+                    self.meter.late(elapsed_s - self._schedule[self._cursor])
                 if data := self._take(frames, end):
                     return data
                 continue
@@ -373,6 +386,8 @@ class RecordingReader(_Ending):
             await self._sleep(wait_s)
         if self.error:
             raise self.error
+        if self.meter:
+            self.meter.sent_whole(self.recording.meta.frames)
         return body
 
     async def outcome(self, within_s: float) -> tuple[bool | None, str]:  # noqa: ARG002  # a recording's is known
@@ -417,6 +432,8 @@ class RecordingReader(_Ending):
         while self._cursor < end and size < _PIECE_BYTES:
             size += len(frames[self._cursor])
             self._cursor += 1
+        if self.meter:
+            self.meter.sent(self._cursor - start)
         return b"".join(frames[start : self._cursor])
 
     def _duration_s(self) -> float:
@@ -508,6 +525,7 @@ class StandIn:
         if instead is None:
             raise error
         self.reader.leave()
+        instead.meter = self.reader.meter
         self.reader = instead
         self._shown = True
 

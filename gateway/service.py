@@ -26,6 +26,7 @@ from gateway.errors import (
 from gateway.flight import Flight
 from gateway.flights import Flights
 from gateway.ports import Clock, FlightId, LogName, Store
+from gateway.pulse import Pulse
 from gateway.pump import Plan
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Question, Questions, Request, Route, of_sample
@@ -68,6 +69,7 @@ class Service:
         clock: Clock,
         purges: Purges,
         tally: Tally,
+        pulse: Pulse | None = None,
     ) -> None:
         self._questions = questions
         self._store = store
@@ -76,6 +78,7 @@ class Service:
         self._clock = clock
         self._purges = purges
         self._tally = tally
+        self._pulse = pulse
         self.replays: set[RecordingReader] = set()
         """Those that go on."""
         self._watches: dict[RecordingReader, asyncio.Task[None]] = {}
@@ -85,8 +88,22 @@ class Service:
         # An id must be unlike any other, not hard to guess; asking the system for each would cost a tenth of a hit.
         self._random = random.Random()  # noqa: S311
 
+    @property
+    def open_readers(self) -> int:
+        """How many answers are under way to their callers."""
+        return len(self.replays) + self._flights.readers
+
     async def open(self, request: Request) -> Opened:
         """Finds the answer, or begins it. The reader must be given back to `leave`. Raises `GatewayError`."""
+        if self._pulse is None:
+            return await self._open(request)
+        began_s = self._clock.monotonic()
+        opened = await self._open(request)
+        reader = opened.reader.reader if isinstance(opened.reader, StandIn) else opened.reader
+        reader.meter = self._pulse.meter(began_s, replayed=isinstance(reader, RecordingReader))
+        return opened
+
+    async def _open(self, request: Request) -> Opened:
         route = self._questions.route(request)
         rules = self._questions.rules(request, route)
         if request.directives.no_store or not rules.enabled:

@@ -6,12 +6,14 @@ Models, tags and texts are other people's: what could steer a terminal is shown 
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -26,6 +28,7 @@ _NO_TERMINAL_WIDTH = 100_000
 _NARROWEST = 130
 _TELL_EVERY_S = 5.0
 _LONGEST_EXCERPT = 2000
+_LIVE_PAST = 60
 _CHART_ROWS, _CHART_WIDTH = 16, 60
 
 
@@ -203,6 +206,45 @@ def _chart(title: str, histogram: Sequence[chart.Span]) -> None:
         _write(f"\n{_shown(title)}\n")
     for begin_us, count, bar in chart.rows(histogram, most=_CHART_ROWS, width=_CHART_WIDTH):
         _write(f"{_ms_or_none(begin_us):>12} │{bar}{f' {count}' if count else ''}\n")
+
+
+_LIVE_TIMES = {
+    "TTFT of hits": "ttft_hit_us",
+    "TTFT of misses": "ttft_miss_us",
+    "gaps": "gap_us",
+    "lateness of replays": "late_us",
+}
+
+
+@contextmanager
+def live() -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """Shows figures, again and again: in one place on a terminal, one below the other elsewhere."""
+    past: dict[str, deque[float]] = {name: deque(maxlen=_LIVE_PAST) for name in ("requests_per_s", "tokens_per_s")}
+    if not sys.stdout.isatty():
+        yield lambda figures: _print(_live_table(figures, past))
+        return
+    with Live(console=Console(file=sys.stdout), auto_refresh=False) as shown:
+        yield lambda figures: shown.update(_live_table(figures, past), refresh=True)
+
+
+def _live_table(figures: Mapping[str, Any], past: Mapping[str, "deque[float]"]) -> Table:
+    for name, values in past.items():
+        values.append(figures[name])
+    hit_rate = "-" if figures["hit_rate"] is None else f"{figures['hit_rate']:.1%}"
+    shown = {
+        "requests": f"{figures['requests_per_s']:.1f}/s  {chart.spark(past['requests_per_s'])}",
+        "tokens": f"{figures['tokens_per_s']:.0f}/s  {chart.spark(past['tokens_per_s'])}",
+        "hit rate": hit_rate,
+        "errors": f"{figures['errors_per_s']:.1f}/s",
+        "open streams": str(figures["open"]),
+        "processes": str(figures["processes"]),
+    }
+    for label, name in _LIVE_TIMES.items():
+        shown[label] = "  ".join(f"{share} {_ms_or_none(us)}" for share, us in (figures[name] or {}).items()) or "-"
+    table = Table(Column(no_wrap=True, style="bold"), Column(no_wrap=True), box=None, pad_edge=False, show_header=False)
+    for label, value in shown.items():
+        table.add_row(label, Text(value))
+    return table
 
 
 # Progress and questions

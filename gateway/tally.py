@@ -36,6 +36,8 @@ class Tally:
         self._store = store
         self._known: set[str] = set()
         self._counts: dict[str, dict[str, float]] = {}
+        self.totals: dict[str, float] = {}
+        """Of all models, since this process began."""
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -46,6 +48,7 @@ class Tally:
         if counts is None:
             counts = self._of(model)
         counts[name] = counts.get(name, 0.0) + amount
+        self.totals[name] = self.totals.get(name, 0.0) + amount
         if self._timer is None:
             self._schedule()
 

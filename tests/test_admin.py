@@ -22,6 +22,7 @@ PATHS = [
     ("DELETE", "/admin/entries/" + "0" * 40),
     ("POST", "/admin/purge"),
     ("GET", "/admin/stats"),
+    ("GET", "/admin/live"),
     ("GET", "/admin/profile"),
     ("POST", "/admin/explain"),
 ]
@@ -517,6 +518,59 @@ async def test_statistics_look_at_every_entry_where_that_is_asked(gateway):
     assert json.loads(lines[-1])["stored"] == stored
 
 
+# What happens now
+
+
+async def test_live_counts_are_of_all_processes_that_share_the_store(start):
+    one, other = await start(redis={"prefix": "live"}), await start(redis={"prefix": "live"})
+    await one.chat("hi", stream=True)
+    await one.landed()
+    await other.chat("hi", stream=True)
+    await other.chat("hi")
+    await other.chat("hi", model=5)
+    async for found in changing(one, "/admin/live"):
+        if sum(report["counts"]["requests"] for report in found["reports"]) == 4:
+            break
+    assert found["object"] == "cache.live"
+    ours, theirs = sorted(found["reports"], key=lambda report: report["counts"]["hits"])
+    assert {name: ours["counts"][name] for name in ("requests", "hits", "misses", "errors", "stored")} == {
+        "requests": 1, "hits": 0, "misses": 1, "errors": 0, "stored": 1,
+    }  # fmt: skip
+    assert {name: theirs["counts"][name] for name in ("requests", "hits", "misses", "errors")} == {
+        "requests": 3, "hits": 2, "misses": 0, "errors": 1,
+    }  # fmt: skip
+    frames = ours["counts"]["frames"]
+    assert (theirs["counts"]["frames"], ours["open"], theirs["open"]) == (2 * frames, 0, 0)
+    counted = {name: sum(count for _, count in pairs) for name, pairs in theirs["measured"].items()}
+    assert counted == {"ttft_hit_us": 1, "ttft_miss_us": 0, "gap_us": 0, "late_us": 0}
+    counted = {name: sum(count for _, count in pairs) for name, pairs in ours["measured"].items()}
+    assert counted["ttft_miss_us"] == 1
+    assert counted["gap_us"] < frames
+
+
+async def changing(gateway, path):
+    """What it says there, again and again; in the end the test times out."""
+    while True:
+        yield (await ask(gateway, "GET", path)).json
+        await asyncio.sleep(0.02)
+
+
+async def test_streams_are_open_until_they_end_and_replays_that_keep_time_tell_how_late_they_are(start, upstream):
+    gateway = await start(replay={"pace": "fixed", "frames_per_s": 20.0})
+    await gateway.chat("hi", stream=True)
+    await gateway.landed()
+    running = asyncio.ensure_future(gateway.chat("hi", stream=True))
+    async for found in changing(gateway, "/admin/live"):
+        [report] = found["reports"]
+        if report["open"]:
+            break
+    await running
+    [report] = (await ask(gateway, "GET", "/admin/live")).json["reports"]
+    assert report["open"] == 0
+    assert sum(count for _, count in report["measured"]["late_us"]) > 1
+    assert sum(count for _, count in report["measured"]["gap_us"]) > 1
+
+
 # Profiles
 
 
@@ -664,6 +718,8 @@ async def test_a_store_that_is_away_is_503_everywhere_and_nothing_is_marked(star
     await gateway.landed()
     own_redis.stop()
     for method, path in PATHS[1:]:
+        if path == "/admin/live":
+            continue
         body = {"all": True, "request": {"model": "m", "messages": []}}
         if method == "POST":
             body.pop("request" if path.endswith("purge") else "all")
@@ -673,6 +729,8 @@ async def test_a_store_that_is_away_is_503_everywhere_and_nothing_is_marked(star
             assert own_redis.url not in got.body.decode()
             if path.endswith("purge"):
                 assert got.json["error"]["marked"] is False
+    [report] = (await ask(gateway, "GET", "/admin/live")).json["reports"]  # its own it knows
+    assert report["counts"]["misses"] == 1
 
 
 @pytest.mark.parametrize("accept", ["*/*", NDJSON])

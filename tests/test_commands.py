@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from served import PROGRAM, Served
+from served import ENVIRON, PROGRAM, Served
 
 from gateway.cli import main
 from gateway.config import load
@@ -271,10 +271,42 @@ async def test_on_a_terminal_keys_are_whole_and_progress_is_shown(gateway, run):
     assert "3 looked at, 1 purged" in shown  # beside a bar
 
 
+async def test_stats_can_be_watched(gateway, run):
+    await gateway.chat("hi", stream=True)
+    await gateway.landed()
+    watching = asyncio.ensure_future(run("stats", "--watch", "--json", "--interval", "0.3", "--count", "4"))
+    while not watching.done():
+        await gateway.chat("hi", stream=True)
+    code, out, _ = await watching
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, len(lines)) == (0, 4)
+    assert all(line["processes"] == 1 and line["errors_per_s"] == 0 for line in lines)
+    assert any(line["requests_per_s"] > 0 and line["tokens_per_s"] > line["requests_per_s"] for line in lines)
+    assert {line["hit_rate"] for line in lines} <= {1, None}
+    busy = next(line for line in lines if line["ttft_hit_us"])
+    assert 0 < busy["ttft_hit_us"]["p50"] <= busy["ttft_hit_us"]["p99"]
+    assert busy["ttft_miss_us"] is None
+
+
+async def test_what_is_watched_is_shown_in_one_place_on_a_terminal_and_line_by_line_elsewhere(gateway, run):
+    access = ["--url", gateway.origin, "--key-env", "ADMIN"]
+    watch = ["stats", "--watch", "--interval", "0.1", "--count", "2"]
+    shown = await asyncio.to_thread(on_a_terminal, *watch, *access)
+    assert shown.count("hit rate") >= 2
+    assert "\x1b[1A" in shown  # over what was there before
+    code, out, _ = await run(*watch)
+    assert (code, out.count("processes            1\n"), "\x1b" in out) == (0, 2, False)
+
+
+@pytest.mark.parametrize("interval", ["0", "-1", "x", "nan", "1e9"])
+async def test_an_interval_that_nobody_can_wait_for_is_refused(run, interval):
+    assert (await run("stats", "--watch", "--interval", interval))[0] == 2
+
+
 def on_a_terminal(*arguments):
     """What a terminal of 80 columns is sent."""
     ours, theirs = pty.openpty()
-    environ = {"PATH": os.environ["PATH"], "ADMIN": SECRET, "TERM": "xterm", "COLUMNS": "80"}
+    environ = {**ENVIRON, "ADMIN": SECRET, "TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen([*PROGRAM, *arguments], env=environ, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         sent = b""

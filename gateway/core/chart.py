@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
+_HEIGHTS = "▁▂▃▄▅▆▇█"
 
 Span = tuple[int, int, int]
 """Where a bucket begins, where it ends, and how many are in it."""
@@ -27,6 +28,12 @@ def rows(spans: Sequence[Span], *, most: int, width: int) -> list[Row]:
         counts[min(count - 1, max(0, int(math.log(middle / first) / math.log(step))))] += many
     longest = max(counts)
     return [(first * step**place, many, _bar(many / longest * width)) for place, many in enumerate(counts)]
+
+
+def spark(values: Sequence[float]) -> str:
+    """A character for each value, as high as it is beside the greatest."""
+    greatest = max(values, default=0.0)
+    return "".join(_HEIGHTS[round(7 * value / greatest) if greatest > 0 else 0] for value in values)
 
 
 def _bar(length: float) -> str:

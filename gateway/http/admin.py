@@ -40,6 +40,7 @@ _SERVED = (
     ("DELETE", "/admin/entries/{key}", "purges an entry with all its samples"),
     ("POST", "/admin/purge", "purges by key, id, stream, namespace, model, tag, or all: true; dry_run: true only counts"),
     ("GET", "/admin/stats", "hits, misses and what they saved; ?scan=true looks at every entry too"),
+    ("GET", "/admin/live", "what each process has counted since it began: of two answers the difference is what happens"),
     (
         "GET",
         "/admin/profile",
@@ -59,6 +60,7 @@ def add_routes(app: web.Application, admin: Admin, key: Callable[[], str]) -> No
         handlers.delete,
         handlers.purge,
         handlers.stats,
+        handlers.live,
         handlers.profile,
         handlers.explain,
     ]
@@ -161,6 +163,10 @@ class _Handlers:
         scan = query.boolean("scan")
         query.end()
         return await _reporting(request, lambda tell: self._admin.stats(scan=scan, tell=tell))
+
+    async def live(self, request: web.Request) -> web.Response:
+        _Query(request).end()
+        return _json(await self._admin.live())
 
     async def profile(self, request: web.Request) -> web.StreamResponse:
         query = _Query(request)

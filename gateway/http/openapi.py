@@ -224,6 +224,9 @@ def _admin_paths() -> Json:
         "/admin/stats": {
             "get": _reported(_administered("stats", "How requests were answered, and what that saved.", "CacheStats", scan))
         },
+        "/admin/live": {
+            "get": _administered("live", "What each process has counted since it began.", "CacheLive", errors=())
+        },
         "/admin/profile": {
             "get": _reported(_administered("profile", "How fast the models of recordings are.", "CacheProfile", *profiled))
         },
@@ -313,6 +316,18 @@ def _admin_schemas() -> Json:
         **dict.fromkeys(("ttft_us", "gaps_us"), _object(distribution, *distribution)),
         "fitted": {"type": "object", "description": "The keys of a profile of a simulated upstream that behaves alike."},
     }
+    report = {
+        "process": text,
+        **dict.fromkeys(("at", "began_at"), number),
+        "open": whole | {"description": "Answers that were under way then."},
+        "counts": {"type": "object", "additionalProperties": whole},
+        "measured": {
+            "type": "object",
+            "description": "Histograms, as the numbers of their buckets and how many are in each.",
+            "additionalProperties": _array(_array(whole)),
+        },
+    }
+    live = {"object": {"const": "cache.live"}, "at": number, "reports": _array(_object(report, *report))}
     profile = {
         "object": {"const": "cache.profile"},
         **dict.fromkeys(("scanned", "recordings"), whole),
@@ -338,6 +353,7 @@ def _admin_schemas() -> Json:
             },
             *("object", "since", "total", "models"),
         ),
+        "CacheLive": _object(live, *live),
         "CacheProfile": _object(profile, *profile),
         "Explain": _object(explain, "request") | {"additionalProperties": False},
         "Explanation": _object({"object": {"const": "cache.explanation"}, **explained}, *explained),
