@@ -32,8 +32,8 @@ class Pulse:
         self.clock = clock
         self.open: Callable[[], int] = lambda: 0
         """How many answers are under way."""
-        self.on_change: Callable[[], object] = lambda: None
-        """Called with each change, or a little more often."""
+        self.on_change: Callable[[], object] | None = None
+        """Called with a change, as long as it is there."""
         self.frames = 0
         """That callers were sent."""
         self.ttft_hit_us = Histogram()
@@ -53,11 +53,13 @@ class Pulse:
             self._requests += 1
             if (details.status >= 400 or details.error) and details.status != _LEFT:
                 self._errors += 1
-            self.on_change()
+            if self.on_change:
+                self.on_change()
 
     def meter(self, began_s: float, *, replayed: bool) -> "Meter":
         """For an answer that was asked for at that time, of the monotonic clock."""
-        self.on_change()
+        if self.on_change:
+            self.on_change()
         return Meter(self, began_s, self.ttft_hit_us if replayed else self.ttft_miss_us)
 
     def report(self) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class Reporter:
         return [own, *(report for report in found if report not in old and report["process"] != own["process"])]
 
     async def close(self) -> None:
-        self._closed = True
+        self._closed, self._pulse.on_change = True, None
         if self._timer:
             self._timer.cancel()
         if self._task:
@@ -152,10 +154,11 @@ class Reporter:
 
     def _schedule(self) -> None:
         if self._timer is None and not self._closed:
+            self._pulse.on_change = None  # it is on the way of every hit, and there is nothing more to be done
             self._timer = asyncio.get_running_loop().call_later(_REPORT_S, self._tell)
 
     def _tell(self) -> None:
-        self._timer = None
+        self._timer, self._pulse.on_change = None, self._schedule
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._write())
         else:

@@ -10,6 +10,8 @@ import virtual
 from gateway.config import SimulatedUpstreamConfig
 from gateway.core.apis import CHAT
 from gateway.core.apis.base import tokens
+from gateway.core.profile import Profile, observe
+from gateway.core.recording import Meta, Recorder
 from gateway.errors import ConfigError, InvalidRequest
 from gateway.ports import Call
 from gateway.upstreams.simulated import SimulatedUpstream
@@ -234,3 +236,40 @@ def test_a_corpus_is_what_answers_are_passages_of(tmp_path):
 def test_a_corpus_that_has_vanished_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"upstreams\.sim\.corpus_file: cannot be read"):
         upstream(corpus_file=str(tmp_path / "nothing"))
+
+
+def test_a_profile_of_its_recordings_gives_its_parameters_back():
+    told = {
+        "ttft_s": 0.4,
+        "ttft_std_s": 0.08,
+        "prefill_tokens_per_s": 1500.0,
+        "tokens_per_s": 25.0,
+        "itl_std_s": 0.01,
+        "length_tokens": 60,
+        "length_std_tokens": 30.0,
+    }
+
+    async def profiled():
+        sim, profile = upstream(**told), Profile()
+        for number in range(300):
+            profile.add(observe(await recorded(sim, chat(f"{number} " + "word " * (number * 37 % 3000)))))
+        return profile.fitted()
+
+    found = virtual.run(profiled())
+    for name, value in told.items():
+        within = 0.25 if "_std_" in name else 0.12
+        assert found[name] == pytest.approx(value, rel=within), name
+
+
+async def recorded(sim, call):
+    """The recording that the gateway would have made of an answer."""
+    recorder, loop = Recorder(), asyncio.get_running_loop()
+    began = loop.time()
+    async with sim.ask(call) as answer:
+        async for batch in answer.batches:
+            for payload in batch:
+                if payload != b"[DONE]":
+                    recorder.add(payload, int((loop.time() - began) * 1e6))
+    reasons = tuple(recorder.finish_reasons.values())
+    meta = Meta("chat", "m", "u", 0.0, 0.0, 0, 60.0, recorder.id, finish_reasons=reasons, usage=recorder.usage)
+    return recorder.recording(meta._replace(frames=len(recorder.frames)), b"{}")
