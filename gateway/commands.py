@@ -39,8 +39,9 @@ example:
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the commands; each sets ``run``, which takes the options and returns the exit code."""
     stats = _parser(commands, "stats", "hits, misses, and what they saved", "gateway stats --scan", _stats)
-    stats.add_argument("--scan", action="store_true", help="look at every entry, and tell how many there are and how large")
-    stats.add_argument(
+    either = stats.add_mutually_exclusive_group()
+    either.add_argument("--scan", action="store_true", help="look at every entry, and tell how many there are and how large")
+    either.add_argument(
         "--watch", action="store_true", help="show what happens now, until Ctrl-C; with --json a line an interval"
     )
     stats.add_argument("--interval", type=_seconds, default=2.0, metavar="S", help="how often --watch looks (default: 2)")

@@ -237,7 +237,7 @@ def _live_table(figures: Mapping[str, Any], past: Mapping[str, "deque[float]"]) 
         "hit rate": hit_rate,
         "errors": f"{figures['errors_per_s']:.1f}/s",
         "open streams": str(figures["open"]),
-        "processes": str(figures["processes"]),
+        "busy processes": str(figures["processes"]),
     }
     for label, name in _LIVE_TIMES.items():
         shown[label] = "  ".join(f"{share} {_ms_or_none(us)}" for share, us in (figures[name] or {}).items()) or "-"

@@ -295,7 +295,7 @@ async def test_what_is_watched_is_shown_in_one_place_on_a_terminal_and_line_by_l
     assert shown.count("hit rate") >= 2
     assert "\x1b[1A" in shown  # over what was there before
     code, out, _ = await run(*watch)
-    assert (code, out.count("processes            1\n"), "\x1b" in out) == (0, 2, False)
+    assert (code, out.count("busy processes       1\n"), "\x1b" in out) == (0, 2, False)
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "x", "nan", "1e9"])

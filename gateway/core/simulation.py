@@ -7,11 +7,12 @@ distributed: with a deviation as large as the mean that is the exponential distr
 """
 
 import math
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 # A tail that is longer would only cost memory.
 MAX_LENGTH_TOKENS = 131_072
@@ -84,7 +85,7 @@ class Batch(Generic[T]):
     def __init__(self, size: int) -> None:
         self.size = size
         self.running = 0
-        self._waiting: deque[T] = deque()
+        self._waiting: OrderedDict[T, None] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"<Batch running={self.running} of={self.size or 'any'} waiting={len(self._waiting)}>"
@@ -96,7 +97,7 @@ class Batch(Generic[T]):
     def enter(self, call: T) -> bool:
         """Whether it runs at once; else it waits."""
         if self.size and self.running >= self.size:
-            self._waiting.append(call)
+            self._waiting[call] = None
             return False
         self.running += 1
         return True
@@ -104,9 +105,9 @@ class Batch(Generic[T]):
     def leave(self, call: T) -> T | None:
         """Which call runs from now on, since this one has ended, or waits no longer."""
         if call in self._waiting:
-            self._waiting.remove(call)
+            del self._waiting[call]
             return None
         if self._waiting:
-            return self._waiting.popleft()
+            return self._waiting.popitem(last=False)[0]
         self.running -= 1
         return None
