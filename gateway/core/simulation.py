@@ -8,8 +8,9 @@ distributed: with a deviation as large as the mean that is the exponential distr
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -49,10 +50,10 @@ class Behaviour:
     def first_token_s(self, chance: Chance, prompt_tokens: int) -> float:
         """From the moment in which a call is in the batch."""
         prefill_s = prompt_tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
-        return _lognormal(chance, self.ttft_s + prefill_s, self.ttft_std_s)
+        return _lognormal(chance, self.ttft_s + prefill_s, self.ttft_std_s)()
 
-    def gap_s(self, chance: Chance) -> float:
-        """From one token to the next."""
+    def gaps_s(self, chance: Chance) -> Callable[[], float]:
+        """Draws the times from one token to the next."""
         return _lognormal(chance, 1 / self.tokens_per_s, self.itl_std_s)
 
     def length(self, chance: Chance) -> int:
@@ -71,12 +72,12 @@ class Behaviour:
         return 1.0 + (self.batch_slowdown - 1.0) * max(0.0, share)
 
 
-def _lognormal(chance: Chance, mean: float, deviation: float) -> float:
-    """A draw from the lognormal distribution of this mean and standard deviation."""
+def _lognormal(chance: Chance, mean: float, deviation: float) -> Callable[[], float]:
+    """Draws from the lognormal distribution of this mean and standard deviation."""
     if not (mean and deviation):
-        return mean
+        return lambda: mean
     variance = math.log1p((deviation / mean) ** 2)
-    return chance.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))
+    return partial(chance.lognormvariate, math.log(mean) - variance / 2, math.sqrt(variance))
 
 
 class Batch(Generic[T]):

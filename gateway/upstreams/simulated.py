@@ -96,19 +96,20 @@ class SimulatedUpstream:
                 self._batches.pop(model, None)
 
 
-@dataclass(frozen=True, slots=True)
 class _Pace:
     """How fast one call goes among those that run with it."""
 
-    behaviour: Behaviour
-    batch: Batch[_Turn]
-    draws: random.Random
+    def __init__(self, behaviour: Behaviour, batch: Batch[_Turn], draws: random.Random) -> None:
+        self.behaviour = behaviour
+        self.batch = batch
+        self.draws = draws
+        self._alone_s = behaviour.gaps_s(draws)
 
     def first_token_s(self, prompt_tokens: int) -> float:
         return self._slowed(self.behaviour.first_token_s(self.draws, prompt_tokens))
 
     def gap_s(self) -> float:
-        return self._slowed(self.behaviour.gap_s(self.draws))
+        return self._slowed(self._alone_s())
 
     def _slowed(self, alone_s: float) -> float:
         return alone_s * self.behaviour.slowdown(self.batch.running)

@@ -20,9 +20,9 @@ ANSWERS = 250
 def observed(behaviour, rng, prompt_tokens):
     """What a simulated answer leaves, without anything in between."""
     length = behaviour.length(rng)
-    at_s = [behaviour.first_token_s(rng, prompt_tokens)]
+    at_s, gap_s = [behaviour.first_token_s(rng, prompt_tokens)], behaviour.gaps_s(rng)
     for _ in range(length - 1):
-        at_s.append(at_s[-1] + behaviour.gap_s(rng))
+        at_s.append(at_s[-1] + gap_s())
     at_us = tuple(round(1e6 * each) for each in at_s)
     return Observed(tuple(dict.fromkeys(at_us)), length, prompt_tokens, ended=True)
 

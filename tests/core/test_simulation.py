@@ -26,8 +26,8 @@ def is_distributed(drawn, mean, deviation):
 @settings(max_examples=25)
 @given(seed=seeds, mean=means, share=shares)
 def test_gaps_have_the_mean_and_the_deviation_that_they_should(seed, mean, share):
-    rng, behaviour = random.Random(seed), Behaviour(tokens_per_s=1 / mean, itl_std_s=share * mean)
-    drawn = [behaviour.gap_s(rng) for _ in range(DRAWS)]
+    draw = Behaviour(tokens_per_s=1 / mean, itl_std_s=share * mean).gaps_s(random.Random(seed))
+    drawn = [draw() for _ in range(DRAWS)]
     is_distributed(drawn, mean, share * mean)
     assert min(drawn) > 0
 
@@ -62,7 +62,7 @@ def test_nothing_is_drawn_where_nothing_deviates():
     behaviour = Behaviour(ttft_s=0.5, prefill_tokens_per_s=100, tokens_per_s=20, length_tokens=7)
     no_chance = None
     assert behaviour.first_token_s(no_chance, 50) == 1.0
-    assert behaviour.gap_s(no_chance) == 0.05
+    assert behaviour.gaps_s(no_chance)() == 0.05
     assert behaviour.length(no_chance) == 7
     assert Behaviour(ttft_s=0.0, ttft_std_s=1.0).first_token_s(no_chance, 5) == 0.0
 
@@ -73,7 +73,7 @@ def test_the_same_seed_draws_the_same(seed):
 
     def drawn(seed):
         rng = random.Random(seed)
-        return behaviour.length(rng), behaviour.first_token_s(rng, 10), behaviour.gap_s(rng)
+        return behaviour.length(rng), behaviour.first_token_s(rng, 10), behaviour.gaps_s(rng)()
 
     assert drawn(seed) == drawn(seed)
     assert drawn(seed) != drawn(seed + 1)
