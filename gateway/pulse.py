@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import orjson
 
 from gateway.core.histogram import Histogram
+from gateway.core.policy import DispositionKind
 from gateway.core.rates import COUNTED, MEASURED
 from gateway.errors import StoreError
 from gateway.observe import RequestDetails
@@ -38,7 +39,8 @@ class Pulse:
         """That callers were sent."""
         self.ttft_hit_us = Histogram()
         self.ttft_miss_us = Histogram()
-        """From the request to the first of its frames."""
+        self.ttft_collapsed_us = Histogram()
+        """From the request to the first of its frames: stored, from a call of its own, or from one that ran already."""
         self.gap_us = Histogram()
         """From what was sent at one time to what was at the next."""
         self.late_us = Histogram()
@@ -46,6 +48,13 @@ class Pulse:
         self._requests = self._errors = 0
         self._tallied = tallied
         self._began_at = clock.now()
+        self._first_us: dict[DispositionKind, Histogram] = {
+            "hit": self.ttft_hit_us,
+            "stale": self.ttft_hit_us,
+            "collapsed": self.ttft_collapsed_us,
+            "miss": self.ttft_miss_us,
+            "bypass": self.ttft_miss_us,
+        }
 
     def __call__(self, details: RequestDetails) -> None:
         """A request has ended: it is one of those who want to know."""
@@ -56,11 +65,11 @@ class Pulse:
             if self.on_change:
                 self.on_change()
 
-    def meter(self, began_s: float, *, replayed: bool) -> "Meter":
+    def meter(self, began_s: float, kind: DispositionKind) -> "Meter":
         """For an answer that was asked for at that time, of the monotonic clock."""
         if self.on_change:
             self.on_change()
-        return Meter(self, began_s, self.ttft_hit_us if replayed else self.ttft_miss_us)
+        return Meter(self, began_s, self._first_us[kind])
 
     def report(self) -> dict[str, Any]:
         """All of it, since the process began."""

@@ -100,7 +100,7 @@ class Service:
         began_s = self._clock.monotonic()
         opened = await self._open(request)
         reader = opened.reader.reader if isinstance(opened.reader, StandIn) else opened.reader
-        reader.meter = self._pulse.meter(began_s, replayed=isinstance(reader, RecordingReader))
+        reader.meter = self._pulse.meter(began_s, opened.disposition.kind)
         return opened
 
     async def _open(self, request: Request) -> Opened:

@@ -211,6 +211,7 @@ def _chart(title: str, histogram: Sequence[chart.Span]) -> None:
 _LIVE_TIMES = {
     "TTFT of hits": "ttft_hit_us",
     "TTFT of misses": "ttft_miss_us",
+    "TTFT of collapsed": "ttft_collapsed_us",
     "gaps": "gap_us",
     "lateness of replays": "late_us",
 }

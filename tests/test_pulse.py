@@ -58,16 +58,27 @@ def test_what_the_tally_has_is_told_as_well(clock):
 
 
 def test_a_meter_tells_the_first_frame_from_the_others(pulse, clock):
-    meter = pulse.meter(clock.monotonic(), replayed=False)
+    meter = pulse.meter(clock.monotonic(), "miss")
     for passed_s, frames in ((0.5, 2), (0.25, 1), (0.25, 3)):
         clock.time_s += passed_s
         meter.sent(frames)
     assert measured(pulse, "ttft_miss_us").quantile(1) == pytest.approx(500_000, rel=1 / 32)
     assert measured(pulse, "gap_us").quantile(1) == pytest.approx(250_000, rel=1 / 32)
     assert (measured(pulse, "gap_us").total, measured(pulse, "ttft_hit_us").total) == (2, 0)
-    pulse.meter(clock.monotonic(), replayed=True).sent_whole(4)
+    pulse.meter(clock.monotonic(), "hit").sent_whole(4)
     assert pulse.report()["counts"]["frames"] == 10
     assert measured(pulse, "ttft_hit_us").total == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("hit", "hit"), ("stale", "hit"), ("miss", "miss"), ("bypass", "miss"), ("collapsed", "collapsed")],
+)
+def test_a_first_frame_is_counted_by_where_it_comes_from(pulse, clock, kind, name):
+    pulse.meter(clock.monotonic(), kind).sent(1)
+    counted = {each: sum(count for _, count in pairs) for each, pairs in pulse.report()["measured"].items()}
+    assert counted.pop(f"ttft_{name}_us") == 1
+    assert not any(counted.values())
 
 
 def reader_of(clock, meter, pace):
@@ -78,7 +89,7 @@ def reader_of(clock, meter, pace):
 
 
 async def test_a_replay_that_keeps_time_tells_how_late_it_is(pulse, clock):
-    reader = reader_of(clock, pulse.meter(clock.monotonic(), replayed=True), Pace("recorded"))
+    reader = reader_of(clock, pulse.meter(clock.monotonic(), "hit"), Pace("recorded"))
     clock.time_s += 2
     assert await reader.next(1.0)
     assert measured(pulse, "late_us").quantile(1) == pytest.approx(2_000_000, rel=1 / 32)
@@ -86,7 +97,7 @@ async def test_a_replay_that_keeps_time_tells_how_late_it_is(pulse, clock):
 
 
 async def test_a_replay_that_does_not_is_never_late(pulse, clock):
-    meter = pulse.meter(clock.monotonic(), replayed=True)
+    meter = pulse.meter(clock.monotonic(), "hit")
     assert reader_of(clock, meter, INSTANT).at_once()
     assert await reader_of(clock, meter, INSTANT).next(1.0)
     assert await reader_of(clock, meter, INSTANT).whole()
@@ -95,7 +106,7 @@ async def test_a_replay_that_does_not_is_never_late(pulse, clock):
 
 
 async def test_who_stands_in_for_a_reader_is_counted_in_its_place(pulse, clock):
-    meter = pulse.meter(clock.monotonic(), replayed=False)
+    meter = pulse.meter(clock.monotonic(), "miss")
     stale = reader_of(clock, None, INSTANT)
     failing = FlightReader(Flight(CHAT, None, "r", started_at=0.0), usage=False)
     failing.meter = meter

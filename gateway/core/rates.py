@@ -11,7 +11,7 @@ from gateway.core.histogram import Histogram
 
 COUNTED = ("requests", "errors", "frames", "hits", "misses", "collapsed", "bypassed", "stale", "stored")
 """``hits``, ``misses`` and so on as the statistics have them."""
-MEASURED = ("ttft_hit_us", "ttft_miss_us", "gap_us", "late_us")
+MEASURED = ("ttft_hit_us", "ttft_miss_us", "ttft_collapsed_us", "gap_us", "late_us")
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 # Who has streams open reports once a second. One that has not for so long is gone.
 _GONE_S = 5.0
@@ -67,7 +67,10 @@ def _add_rates(rates: dict[str, float], before: Report, now: Report, interval_s:
 
 
 def _measured(report: Report, name: str) -> Histogram:
-    return Histogram(report["measured"].get(name, ()))
+    try:
+        return Histogram(report["measured"].get(name, ()))
+    except ValueError:  # of another version, with other buckets
+        return Histogram()
 
 
 def _figures(rates: Mapping[str, float], measured: Mapping[str, Histogram]) -> dict[str, Any]:

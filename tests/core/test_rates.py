@@ -88,6 +88,12 @@ def test_percentiles_are_of_what_came_since():
     assert figures["gap_us"] is None
 
 
+def test_buckets_of_another_version_are_passed_over():
+    odd = report(at=102.0, requests=3) | {"measured": {"gap_us": [[99_999, 1]]}}
+    figures = watched([report(requests=1)], [odd])
+    assert (figures["requests_per_s"], figures["gap_us"]) == (1, None)
+
+
 def test_figures_that_only_a_later_version_has_are_left_out():
     figures = watched([report(requests=1, spins=1)], [report(at=102.0, requests=3, spins=9, measured={"spin_us": [1]})])
     assert figures["requests_per_s"] == 1
