@@ -9,12 +9,17 @@ FROM python:${PYTHON} AS builder
 # Extras of the package, with commas between: "langchain".
 ARG EXTRAS=""
 WORKDIR /src
-COPY pyproject.toml README.md ./
-COPY gateway gateway
-# Without pip, which nothing needs at run time; and compiled now, since nobody may write there later.
+# What the lock names, by its digests, so that an image of the same source is the same. What EXTRAS adds is not in the
+# lock, but within the bounds of pyproject.toml. Without pip, which nothing needs at run time; and compiled now, since
+# nobody may write there later.
+COPY .ci/requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/gateway \
-    && python -m pip --python /opt/gateway/bin/python install --compile ".${EXTRAS:+[${EXTRAS}]}"
+    && python -m pip --python /opt/gateway/bin/python install --compile --require-hashes -r requirements.lock
+COPY pyproject.toml README.md ./
+COPY gateway gateway
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m pip --python /opt/gateway/bin/python install --compile ".${EXTRAS:+[${EXTRAS}]}"
 
 FROM python:${PYTHON}
 ARG REVISION=""

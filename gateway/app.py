@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -16,8 +16,14 @@ from gateway.eraser import Eraser
 from gateway.errors import StoreUnavailable
 from gateway.flights import Flights
 from gateway.http import admin, completions, edge, small, streams
+from gateway.http import metrics as metrics_http
+from gateway.http.admission import admitted
+from gateway.http.body import READ_TIMEOUT_S
+from gateway.http.connection import Patience
 from gateway.http.relay import Relay
-from gateway.observe import AccessLog, Sink
+from gateway.limits import Limits
+from gateway.metrics import Metrics, Sources
+from gateway.observe import AccessLog, Sink, UpstreamState
 from gateway.ports import Store, Upstream
 from gateway.pulse import Pulse, Reporter
 from gateway.pump import Rules
@@ -31,6 +37,7 @@ from gateway.store.redis import RedisStore, connect
 from gateway.streams import Streams
 from gateway.tally import Tally
 from gateway.upstreams.fleet import assemble
+from gateway.upstreams.resilient import Resilient
 from gateway.upstreams.router import Router
 
 log = logging.getLogger(__name__)
@@ -38,6 +45,10 @@ log = logging.getLogger(__name__)
 SERVICE = web.AppKey("service", Service)
 STREAMS = web.AppKey("streams", Streams)
 RUNNING = web.AppKey("running", edge.Running)
+METRICS = web.AppKey("metrics", Metrics)
+ADMIN_APP = web.AppKey("admin_app", web.Application)
+"""What is served at ``[admin] listen``, where that is configured."""
+LIMITS = web.AppKey("limits", Limits)
 # The handler owns nothing but a cursor, so a caller who leaves may take it along: a reader that waits is freed at once.
 RUNNER_OPTIONS: dict[str, Any] = {
     "handler_cancellation": True,
@@ -82,8 +93,9 @@ async def open_store(stack: AsyncExitStack, loaded: Loaded) -> tuple[RedisStore,
 class Adjustable:
     """What in a running application follows the configuration."""
 
-    def __init__(self, router: Router, rules: CacheRules, admin_key: str) -> None:
+    def __init__(self, router: Router, rules: CacheRules, admin_key: str, limits: Limits) -> None:
         self.router = router
+        self.limits = limits
         self.rules = rules
         self.admin_key = admin_key
         self.relay: Relay | None = None
@@ -93,6 +105,7 @@ class Adjustable:
         config = loaded.config
         self.router.become(router)
         self.rules.become(_cache_rules(config))
+        self.limits.become(config.limits)
         self.admin_key = loaded.secrets.get(config.admin.key_name, "")
         if self.relay:
             self.relay.fallback = _relay_upstream(config, router)
@@ -102,29 +115,41 @@ ADJUSTABLE = web.AppKey("adjustable", Adjustable)
 
 
 def build_app(config: Config, store: RedisStore, router: Router, admin_key: str = "") -> web.Application:
-    """The application over a store and upstreams that are open. Without an ``admin_key`` nobody administers it."""
+    """The application over a store and upstreams that are open. Without an ``admin_key`` nobody administers it.
+
+    What is served elsewhere is its `ADMIN_APP`; it is opened and closed with this one.
+    """
     clock = SystemClock()
     access_log = AccessLog()
-    sinks: list[Sink] = [access_log] if config.log.access else []
-    running = edge.Running()
-    app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
-    app[RUNNING] = running
+    limits, running = Limits(config.limits), edge.Running()
     longest_s = max(config.flights.total_timeout_s, *(model.total_timeout_s or 0.0 for model in config.models), 0.0)
     purges = Purges(store, clock, longest_s=longest_s)
     tally = Tally(store)
-    flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally)
+    flights = Flights(store, purges, clock, _flight_rules(config), secrets.token_hex, tally, limits)
+    metrics = Metrics(Sources(running, flights, tally, lambda: store.state, lambda: _states(router), limits.snapshot))
+    sinks: list[Sink] = [access_log] if config.log.access else []
+    if config.metrics.enabled:
+        sinks.append(metrics.requests)
+    app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
+    app[LIMITS] = limits
+    app[RUNNING], app[METRICS], app[READ_TIMEOUT_S] = running, metrics, config.server.read_timeout_s
     tenants, rules = Tenants(store), _cache_rules(config)
-    adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key)
+    adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key, limits)
     questions = Questions(router, store, tenants, rules)
     pulse = Pulse(store.replica, clock, tally.totals) if admin_key and config.admin.is_open else None
     app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally, pulse)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
-    reporter = None
-    if pulse:
-        pulse.open = lambda: app[SERVICE].open_readers
-        sinks.append(pulse)
-        reporter = Reporter(pulse, store)
+    operators = app
+    if config.admin.listen:
+        # Of what runs here nothing is waited for when the process ends, and nothing is refused.
+        around = edge.middleware(sinks, edge.Running())
+        operators = app[ADMIN_APP] = web.Application(middlewares=[around], client_max_size=config.server.max_body_bytes)
+        operators[READ_TIMEOUT_S] = config.server.read_timeout_s
+        _add_health(operators, store, running)
+        operators.router.add_get("/openapi.json", small.openapi_of_operators(config))
+    reporter = _reporter(pulse, store, running, sinks) if pulse else None
+    if reporter:
         about = Admin(
             store,
             store,
@@ -137,13 +162,17 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             reporter=reporter,
             clock=clock,
         )
-        admin.add_routes(app, about, lambda: adjustable.admin_key)
-    _add_routes(app, config, store, router)
-    app.router.add_get("/readyz", small.readiness(store, running))
+        admin.add_routes(operators, about, lambda: adjustable.admin_key)
+    if config.metrics.enabled:
+        operators.router.add_get("/metrics", _metrics_handler(config, metrics, adjustable))
+    _add_routes(app, config, router, tenants)
+    _add_health(app, store, running)
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
         await purges.open()
+        metrics.lag.open()
         yield
+        metrics.lag.close()
         await app[SERVICE].close()
         if reporter:
             await reporter.close()
@@ -154,6 +183,33 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
 
     app.cleanup_ctx.append(closing)
     return app
+
+
+def _states(router: Router) -> Iterator[UpstreamState]:
+    """Of all deployments, as they are configured by now."""
+    for upstream in router.upstreams:
+        if isinstance(upstream, Resilient):
+            yield from (each.state() for each in upstream.pool.deployments)
+
+
+def _metrics_handler(config: Config, metrics: Metrics, adjustable: Adjustable) -> edge.Handler:
+    """Open at a listener of its own, which an operator has named; else nothing is told to callers unasked."""
+    handler = metrics_http.served(metrics)
+    if config.admin.listen or config.metrics.public:
+        return handler
+    return admin.guarded(handler, lambda: adjustable.admin_key) if config.admin.is_open else metrics_http.closed
+
+
+def _add_health(app: web.Application, store: Store, running: edge.Running) -> None:
+    app.router.add_get("/healthz", small.health(store))
+    app.router.add_get("/readyz", small.readiness(store, running))
+
+
+def _reporter(pulse: Pulse, store: RedisStore, running: edge.Running, sinks: list[Sink]) -> Reporter:
+    """From now on the pulse is counted, and reported."""
+    pulse.open = lambda: running.streams
+    sinks.append(pulse)
+    return Reporter(pulse, store)
 
 
 def _cache_rules(config: Config) -> CacheRules:
@@ -181,18 +237,20 @@ def _flight_rules(config: Config) -> Rules:
     )
 
 
-def _add_routes(app: web.Application, config: Config, store: Store, router: Router) -> None:
-    server = config.server
+def _add_routes(app: web.Application, config: Config, router: Router, tenants: Tenants) -> None:
+    server, limits = config.server, app[LIMITS]
     timing = completions.Timing(
         server.head_after_s, server.keepalive_s, server.write_timeout_s, config.redis.lookup_timeout_s
     )
     own: dict[str, list[str]] = {}
     for api in APIS.values():
         handler = completions.handler(api, app[SERVICE], timing, event_ids=config.flights.event_ids)
+        handler = admitted(handler, limits, tenants)
         own[api.path] = list(completions.METHODS)
         for method in completions.METHODS:
             app.router.add_route(method, f"/v1/{api.path}", handler)
-    app.router.add_get("/v1/streams/{id}", streams.resume(app[STREAMS], app[SERVICE], timing), allow_head=False)
+    resume = admitted(streams.resume(app[STREAMS], app[SERVICE], timing), limits, tenants)
+    app.router.add_get("/v1/streams/{id}", resume, allow_head=False)
     app.router.add_post("/v1/streams/{id}/cancel", streams.cancel(app[STREAMS]))
     app.router.add_get("/v1/streams/{id}/status", streams.status(app[STREAMS]))
     app.router.add_route("*", "/v1/streams/{rest:.*}", streams.unserved)
@@ -200,11 +258,12 @@ def _add_routes(app: web.Application, config: Config, store: Store, router: Rout
     app.router.add_get("/v1/models", models.listing)
     app.router.add_get("/v1/models/{model:.+}", models.one)
     own["models"] = ["GET", "HEAD"]
-    app.router.add_get("/healthz", small.health(store))
-    app.router.add_get("/openapi.json", small.openapi(server.relay_paths, admin=config.admin.is_open))
+    app.router.add_get("/openapi.json", small.openapi(config))
     app.router.add_get("/", small.root)
-    relay = app[ADJUSTABLE].relay = Relay(router, _relay_upstream(config, router), server.relay_paths, own)
-    app.router.add_route("*", "/v1/{path:.*}", relay.handler())
+    relay = app[ADJUSTABLE].relay = Relay(
+        router, _relay_upstream(config, router), server.relay_paths, own, server.write_timeout_s
+    )
+    app.router.add_route("*", "/v1/{path:.*}", admitted(relay.handler(), limits, tenants))
 
 
 def _relay_upstream(config: Config, router: Router) -> Upstream | None:
@@ -224,13 +283,25 @@ async def rehearse(loaded: Loaded) -> None:
     await fleet.close()
 
 
-def announcement(address: Any, config: Config, store: str) -> str:
+def patience(config: Config) -> Patience:
+    """What `Runner` is to have with callers."""
+    return Patience(config.server.read_timeout_s, config.server.write_timeout_s)
+
+
+def announcement(address: Any, admin_address: Any, config: Config, store: str) -> str:
     """Where it listens, where it keeps what, and whom it asks."""
-    host, port = address[:2]
-    base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     cache = f"cache: {store if config.cache.enabled else 'off'}"
-    administration = ["admin: on at /admin/"] if config.admin.is_open else []
-    return "\n".join([f"listening on {base_url}", cache, *administration, describe_upstreams(config)])
+    at = _origin(admin_address) if admin_address else ""
+    operators = [f"admin: on at {at}/admin/"] if config.admin.is_open else []
+    if config.metrics.enabled and (admin_address or config.metrics.public or config.admin.is_open):
+        guarded = not (admin_address or config.metrics.public)
+        operators.append(f"metrics: on at {at}/metrics{', with the admin key' if guarded else ''}")
+    return "\n".join([f"listening on {_origin(address)}/v1", cache, *operators, describe_upstreams(config)])
+
+
+def _origin(address: Any) -> str:
+    host, port = address[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def describe_upstreams(config: Config) -> str:

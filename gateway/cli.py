@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -13,6 +12,7 @@ from typing import Any
 from gateway import __version__, commands
 from gateway.config import Loaded
 from gateway.errors import CommandFailed, ConfigError
+from gateway.logs import log_as
 from gateway.watching import Source
 
 
@@ -67,16 +67,10 @@ def _run(run: Callable[[Source, Loaded], int], options: argparse.Namespace) -> i
         return _work(options)
     source = Source(options.config, os.environ, _flags(options))
     loaded = source.load()
-    _log_as(loaded)
+    log_as(loaded)
     for warning in loaded.warnings:
         _say(f"warning: {warning}")
     return run(source, loaded)
-
-
-def _log_as(loaded: Loaded) -> None:
-    logging.basicConfig(level=loaded.config.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
-    for library in ("httpx2", "openai", "push_response"):
-        logging.getLogger(library).setLevel(logging.WARNING)  # they would tell of every request
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -91,7 +85,7 @@ def _work(options: argparse.Namespace) -> int:
     from gateway.worker import Employed  # noqa: PLC0415
 
     employed = Employed(options.worker, options.config, os.environ, _flags(options))
-    _log_as(employed.loaded)
+    log_as(employed.loaded)
     _runner()(serve(employed.loaded, employed))
     return 0
 
@@ -126,7 +120,8 @@ def _check(_: Source, loaded: Loaded) -> int:
     print(f"configuration: {loaded.source}")  # noqa: T201
     print(f"would listen on http://{server.host}:{server.port}/v1")  # noqa: T201
     print(f"cache: {config.redis.shown_url if cache.enabled else 'off'}, kept for {cache.ttl_s:g} s")  # noqa: T201
-    print(f"admin: {'on' if config.admin.is_open else 'off'}")  # noqa: T201
+    at = f" at {config.admin.listen}" if config.admin.listen else ""
+    print(f"admin: {f'on{at}' if config.admin.is_open else 'off'}")  # noqa: T201
     print(describe_upstreams(config))  # noqa: T201
     print("ok")  # noqa: T201
     return 0

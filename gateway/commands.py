@@ -126,7 +126,7 @@ def _parser(commands: Any, name: str, what: str, example: str, command: Command)
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=lambda options: _run(command, options))
-    parser.add_argument("--url", help="where the gateway is (default: [server] host and port)")
+    parser.add_argument("--url", help="where the gateway is (default: [admin] listen, or [server] host and port)")
     parser.add_argument("--key-env", metavar="NAME", help="the variable that holds the admin key (default: [admin] key_env)")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="the configuration (default: config.toml, if there is one here)"
@@ -187,7 +187,7 @@ def _access(options: argparse.Namespace) -> tuple[str, str]:
         # The secrets of the upstreams are the gateway's business.
         loaded = load(options.config, os.environ, secrets_needed=False)
         server, admin = loaded.config.server, loaded.config.admin
-        url = url or _url(server.host, server.port)
+        url = url or (_url(*admin.address, "[admin] listen") if admin.address else _url(server.host, server.port))
         if not name:
             name, file = admin.key_name, admin.key_file
             secrets = {**os.environ, **loaded.secrets}
@@ -215,9 +215,9 @@ def _is_address(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and not rest
 
 
-def _url(host: str, port: int) -> str:
+def _url(host: str, port: int, key: str = "[server] port") -> str:
     if not port:
-        raise CommandFailed("[server] port is 0, so nobody knows where the gateway listens: say it with --url", 2)
+        raise CommandFailed(f"the port of {key} is 0, so nobody knows where the gateway listens: say it with --url", 2)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # to connect to, not to listen on
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -4,6 +4,7 @@ The only reader of the environment. Precedence: flags of ``gateway serve``, then
 the file, then the defaults here. No message and no ``repr`` shows a value that may hold a secret.
 """
 
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -29,6 +30,7 @@ from pydantic_core import ErrorDetails
 from gateway.core.key import MAX_SAMPLES
 from gateway.core.pacing import Pace, PaceKind
 from gateway.core.policy import ModelRules, RuleBook
+from gateway.core.sentinel_url import SentinelUrl
 from gateway.core.simulation import Behaviour
 from gateway.errors import ConfigError
 
@@ -124,6 +126,7 @@ class ServerConfig(_Section):
     max_body_bytes: Count = 33_554_432
     head_after_s: Seconds = 5.0
     keepalive_s: Seconds = 10.0
+    read_timeout_s: Seconds = 60.0
     write_timeout_s: Seconds = 60.0
     shutdown_delay_s: SecondsOrZero = 0.0
     shutdown_grace_s: SecondsOrZero = 7.0
@@ -131,11 +134,27 @@ class ServerConfig(_Section):
     relay_upstream: str = ""
 
 
+class LimitsConfig(_Section):
+    """Of each process; 0: any number."""
+
+    max_connections: CountOrZero = 8192
+    max_streams: CountOrZero = 4096
+    max_flights: CountOrZero = 2048
+    max_held_bytes: CountOrZero = 268_435_456
+    max_streams_per_tenant: CountOrZero = 0
+    max_flights_per_tenant: CountOrZero = 0
+
+
 class RedisConfig(_Section):
     url: Annotated[str, Field(repr=False)] = "embedded"
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "gw"
     protocol: Annotated[int, Field(ge=2, le=3)] = 3
     cluster: bool = False
+    tls_ca_file: str = ""
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    tls_verify: Literal["full", "ca", "none"] = "full"
+    tls_server_name: str = ""
     lookup_timeout_s: Seconds = 0.05
     command_timeout_s: Seconds = 2.0
     connect_timeout_s: Seconds = 1.0
@@ -149,17 +168,40 @@ class RedisConfig(_Section):
     def _known_scheme(cls, url: str) -> str:
         if url == "embedded":
             return url
+        if SentinelUrl.is_one(url):
+            SentinelUrl.parse(url)
+            return url
         if not url.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError('must be "embedded", or start with redis://, rediss:// or unix://')
+            raise ValueError(
+                'must be "embedded", or start with redis://, rediss://, unix://, redis+sentinel:// or rediss+sentinel://'
+            )
         if "@" in "".join(_split(url)[2:]):
             raise ValueError(_NO_URL)
         return url
+
+    @field_validator("cluster")
+    @classmethod
+    def _not_by_sentinels(cls, cluster: bool, info: ValidationInfo) -> bool:  # noqa: FBT001  # as it is called
+        if cluster and SentinelUrl.is_one(info.data.get("url", "")):
+            raise ValueError("a cluster has no sentinels")
+        return cluster
+
+    @field_validator("tls_ca_file", "tls_cert_file", "tls_key_file", "tls_verify", "tls_server_name")
+    @classmethod
+    def _over_tls(cls, value: str, info: ValidationInfo) -> str:
+        if value not in {"", "full"} and not info.data.get("url", "rediss").startswith("rediss"):
+            raise ValueError("without rediss:// or rediss+sentinel:// there is no TLS")
+        if info.field_name == "tls_key_file" and value and not info.data.get("tls_cert_file", "unknown"):
+            raise ValueError("a key needs a certificate: redis.tls_cert_file")
+        return value
 
     @property
     def shown_url(self) -> str:
         """The URL without credentials and options, for people to read."""
         if self.url == "embedded":
             return self.url
+        if SentinelUrl.is_one(self.url):
+            return SentinelUrl.parse(self.url).shown
         parts = _split(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -243,10 +285,23 @@ class EjectionConfig(_Section):
 
 class AdminConfig(_Section):
     enabled: bool = True
+    listen: str = ""
     key_env: Variable = ""
     key_file: SecretFile = ""
 
     _one_key = field_validator("key_file")(_not_both)
+
+    @field_validator("listen")
+    @classmethod
+    def _is_address(cls, listen: str) -> str:
+        if listen:
+            _address(listen)
+        return listen
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """The host and the port of the administration's own listener, where it has one."""
+        return _address(self.listen) if self.listen else None
 
     @property
     def key_name(self) -> str:
@@ -256,6 +311,19 @@ class AdminConfig(_Section):
     @property
     def is_open(self) -> bool:
         return self.enabled and bool(self.key_name)
+
+
+def _address(listen: str) -> tuple[str, int]:
+    """Raises `ValueError`."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]+)):([0-9]{1,5})", listen)
+    if not found or int(found[3]) > 65535:
+        raise ValueError('must be a host and a port: "127.0.0.1:9090", "[::1]:9090"')
+    return found[1] or found[2], int(found[3])
+
+
+class MetricsConfig(_Section):
+    enabled: bool = True
+    public: bool = False
 
 
 class ModelConfig(_Section):
@@ -345,6 +413,8 @@ class OpenAIUpstreamConfig(_UpstreamConfig):
             raise ValueError("must start with http:// or https:// and a host")
         if "@" in parts.netloc:
             raise ValueError("must not hold a credential: name what holds it in api_key_env or api_key_file")
+        if parts.query or parts.fragment:
+            raise ValueError("must end with its path: what follows would not be sent")
         return url.rstrip("/")
 
 
@@ -424,6 +494,7 @@ class Config(_Section):
     """All that can be configured, at its defaults."""
 
     server: ServerConfig = ServerConfig()
+    limits: LimitsConfig = LimitsConfig()
     redis: RedisConfig = RedisConfig()
     cache: CacheConfig = CacheConfig()
     flights: FlightsConfig = FlightsConfig()
@@ -431,6 +502,7 @@ class Config(_Section):
     ejection: EjectionConfig = EjectionConfig()
     replay: ReplayConfig = ReplayConfig()
     admin: AdminConfig = AdminConfig()
+    metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
     models: tuple[ModelConfig, ...] = ()
     upstreams: Annotated[tuple[UpstreamConfig, ...], Field(validate_default=True)] = ()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from gateway.core.key import MAX_SAMPLES, CacheKey, sample_key
 from gateway.core.purge import Purge, Selector
 from gateway.core.stream_id import StreamId, UnknownStream, flight_of, read_token
-from gateway.errors import InvalidRequest, ModelNotFound, PurgeUnfinished, StoreAway, StoreCorrupt, StoreError
+from gateway.errors import InvalidRequest, ModelNotFound, PurgeUnfinished, StoreAway, StoreCorrupt, StoreError, UnknownCursor
 from gateway.ports import Clock, FlightId, Inventory, Listed, Store
 from gateway.purges import Purges, labels_of
 from gateway.questions import Router
@@ -85,6 +85,8 @@ def store_is_needed() -> Iterator[None]:
     """Without the store there is nothing to say: raises `StoreAway` for its errors."""
     try:
         yield
+    except UnknownCursor:
+        raise InvalidRequest("'cursor' must be that of an answer before.", param="cursor") from None
     except StoreError as error:
         raise StoreAway(f"The store cannot be asked: {error}.") from None
 

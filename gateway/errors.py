@@ -6,7 +6,7 @@ reaches the edge and is not a `GatewayError` is a bug, and answers 500.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 
@@ -31,6 +31,12 @@ class GatewayError(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object: ``{"error": {"message", "type", "param", "code"}}``."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Changes every text in it that others may have written."""
+        self.message = change(self.message)
+        self.args = (self.message,)
+        self.headers = {name: change(value) for name, value in self.headers.items()}
 
 
 class RequestError(GatewayError):
@@ -82,6 +88,20 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
 
 
+class HeadTooLarge(RequestError):
+    """A line of the request's head is too long, or it has too many of them (RFC 6585 5)."""
+
+    status = 431
+    code = "request_head_too_large"
+
+
+class RequestTooSlow(RequestError):
+    """The request did not come within ``[server] read_timeout_s`` (RFC 9110 15.5.9)."""
+
+    status = 408
+    code = "request_too_slow"
+
+
 class UnsupportedMediaType(RequestError):
     """The request body is not declared as JSON."""
 
@@ -127,6 +147,11 @@ class UpstreamRefused(UpstreamError):
         theirs = sent.get("error") if isinstance(sent, dict) else None
         return {"error": ours | theirs if isinstance(theirs, dict) else ours}
 
+    def reword(self, change: Callable[[str], str]) -> None:
+        super().reword(change)
+        self.content = change(self.content.decode("latin-1")).encode("latin-1")
+        self.content_type = change(self.content_type)
+
 
 class UpstreamReported(UpstreamError):
     """The upstream reported an error inside an answer that had begun as a success; ``reported`` is its error object."""
@@ -146,6 +171,10 @@ class UpstreamReported(UpstreamError):
 
     def body(self) -> dict[str, Any]:
         return {"error": self.reported}
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        super().reword(change)
+        self.reported = json.loads(change(json.dumps(self.reported)))
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -254,6 +283,26 @@ class NotCached(Unavailable):
     detail = "not-cached"
 
 
+class Overloaded(Unavailable):
+    """The process has taken on all that it may: see ``[limits]``."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+
+
+class TenantOverloaded(RequestError):
+    """The tenant has all that one may have at a time; in the form of OpenAI's own limits, which clients know."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+
+
 class ShuttingDown(Unavailable):
     """The process is ending, and the time for running streams is over."""
 
@@ -290,10 +339,11 @@ def retold(what: Mapping[str, Any]) -> GatewayError:
 
 
 def is_outage(error: GatewayError) -> bool:
-    """Whether an upstream could not answer for now, so that a stale answer may stand in (RFC 5861 4): it refused with 429
-    or 5xx, took too long, could not be reached, or broke off.
+    """Whether there is no answer for now, so that a stale one may stand in (RFC 5861 4): the upstream refused with 429 or
+    5xx, took too long, could not be reached, or broke off; or it was not asked, since too many calls run already.
     """
-    return isinstance(error, UpstreamError | Retold) and (error.status == 429 or error.status >= 500)
+    outage = isinstance(error, UpstreamError | Retold | Overloaded | TenantOverloaded)
+    return outage and (error.status == 429 or error.status >= 500)
 
 
 def is_broken_off(error: GatewayError) -> bool:
@@ -315,6 +365,10 @@ class StoreFenced(StoreError):
 
 class StoreCorrupt(StoreError):
     """What was stored does not load. The entry is deleted and counts as a miss."""
+
+
+class UnknownCursor(StoreError):
+    """A cursor that this store cannot have given: it is a caller's, and its fault."""
 
 
 class ConfigError(Exception):

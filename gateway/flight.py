@@ -12,10 +12,10 @@ from typing import Literal, Protocol
 
 import orjson
 
-from gateway.core.apis import Api
+from gateway.core.apis import Api, Assembler
 from gateway.core.dialects.openai import DONE
 from gateway.core.purge import Labels
-from gateway.core.recording import Frame, MalformedChunk, Recorder, Recording, payload_of
+from gateway.core.recording import Frame, MalformedChunk, Recorder, Recording, parse_chunk, payload_of
 from gateway.errors import (
     AnswerTooLarge,
     GatewayError,
@@ -24,6 +24,7 @@ from gateway.errors import (
     UpstreamBroke,
     UpstreamReported,
 )
+from gateway.limits import Held
 from gateway.ports import FlightId, LogName, Served
 
 _MAX_BYTES = 33_554_432
@@ -64,6 +65,11 @@ class Follower(Protocol):
         ...
 
 
+def first_run(flight: FlightId) -> str:
+    """What the run that begins a flight is called: so whoever has the log can tell whether that run ever wrote there."""
+    return flight[:8]
+
+
 class Flight:
     """One running upstream call: an append-only log of frames that any number of readers follow.
 
@@ -79,13 +85,14 @@ class Flight:
         started_at: float,
         max_bytes: int = _MAX_BYTES,
         assemble: bool = True,
+        held: Held | None = None,
     ) -> None:
         self.api = api
         self.name = name
         """Where the log is shared; None for one that nobody else may see."""
         self.run = run
         """What this replica's run of the call is, or would be called."""
-        self.runs: list[tuple[str, int]] = [(run, 0)]
+        self.runs: list[tuple[str, int]] = [(first_run(name.flight) if name else run, 0)]
         """Whose frames these are: each run with the index of its first frame."""
         self.started_at = started_at
         self.outcome: Outcome | None = None
@@ -135,6 +142,7 @@ class Flight:
         """Called when the last reader has gone."""
         self.max_bytes = max_bytes
         self._dropped_bytes = 0
+        self._holding = held.holding() if held else None
         self._assembler = api.assembler() if assemble else None
         self.recorder = Recorder(self._assembler)
         self.frames: list[Frame] = self.recorder.frames
@@ -243,11 +251,13 @@ class Flight:
     def seal(self, recording: Recording) -> None:
         """From now on the answer is a recording: newcomers are served from it."""
         self.recording = recording
+        self._count_bytes()
         self.wake()
 
     def retire(self) -> None:
         """The table lets go of this flight."""
         self.retired = True
+        self._count_bytes()
         self.wake()
 
     def keep(self, *, kept: bool, why_not: str = "") -> None:
@@ -295,13 +305,22 @@ class Flight:
         if self.error:
             raise self.error
         if self._whole is None:
-            if self._assembler is None:
+            if self.overflowed:
                 raise AnswerTooLarge("The answer is too large to be given in one piece; ask for a stream.")
-            self._whole = _json(self._assembler.body())
+            self._whole = _json((self._assembler or self._assembled()).body())
         return self._whole
 
+    def _assembled(self) -> Assembler:
+        """Of all frames, where they were not assembled as they came."""
+        assembler = self.api.assembler()
+        for frame in self.frames:
+            assembler.add(parse_chunk(frame.payload))
+        return assembler
+
     def run_ended_at(self, run: str) -> int | None:
-        """The index at which another run took over from this one; None where none did, or it never wrote here."""
+        """The index at which another run took over from this one; None where none did, or it has only read here."""
+        if self.name and run == first_run(self.name.flight) and all(run != name for name, _ in self.runs):
+            return 0  # it never wrote here: what its callers saw is nowhere else
         for (name, _), (_, first_of_next) in zip(self.runs, self.runs[1:], strict=False):
             if name == run:
                 return first_of_next
@@ -312,11 +331,14 @@ class Flight:
         self.joins += 1
         self.followers.add(reader)
         if self.readers == 1:
+            self._count_bytes()
             self.on_read()
 
     def leave(self, reader: Follower) -> None:
         self.readers -= 1
         self.followers.discard(reader)
+        if not self.readers:
+            self._count_bytes()
         self.check_readers(dismissed=getattr(reader, "nonce", None) in self.cancelled)
 
     def check_readers(self, *, dismissed: bool) -> None:
@@ -340,7 +362,19 @@ class Flight:
     def _grew(self) -> None:
         if self.recorder.size_bytes - self._dropped_bytes > self.max_bytes:
             self._make_room()
+        self._count_bytes()
         self.wake()
+
+    def _count_bytes(self) -> None:
+        """What is in memory because of it: nothing once neither the table nor a reader holds it."""
+        if self._holding is None:
+            return
+        size_bytes = 0
+        if self.readers or not self.retired:
+            size_bytes = self.recorder.size_bytes - self._dropped_bytes + len(self._whole or b"")
+            if self.recording:
+                size_bytes += self.recording.size_bytes
+        self._holding.become(size_bytes)
 
     def _make_room(self) -> None:
         self.overflowed = True

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from gateway.errors import (
     StreamCancelled,
     StreamLost,
 )
-from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome
+from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome, first_run
 from gateway.keeping import may_be_kept, recorded
+from gateway.limits import Limits, Place
 from gateway.mirror import Mirror
 from gateway.ports import Clock, FlightId, LogName, Store
 from gateway.pump import Plan, Pump, Rules
@@ -62,9 +63,17 @@ class Flights:
     """The table of flights."""
 
     def __init__(  # noqa: PLR0913, PLR0917  # all that a flight touches
-        self, store: Store, purges: Purges, clock: Clock, rules: Rules, new_id: NewId, tally: Tally
+        self,
+        store: Store,
+        purges: Purges,
+        clock: Clock,
+        rules: Rules,
+        new_id: NewId,
+        tally: Tally,
+        limits: Limits | None = None,
     ) -> None:
         self._store = store
+        self.limits = limits or Limits()
         self._tally = tally
         self._purges = purges
         purges.on_learned = self.purge
@@ -76,19 +85,24 @@ class Flights:
         self._by_name: dict[LogName, Flight] = {}
         self._shared: dict[Flight, Shared] = {}
         self._tasks: dict[Flight, asyncio.Task[None]] = {}
+        self._places: dict[Flight, Place] = {}
+        """Of those that call an upstream, or are about to: who only reads another replica's log has none."""
         self._endings: dict[Flight, Outcome] = {}
         self._graces: dict[Flight, asyncio.TimerHandle] = {}
         self._unread_since: dict[Flight, tuple[int, float]] = {}
         """How many readers had come until then, and when the last one left."""
         self._checks: dict[Flight, asyncio.Task[None]] = {}
 
+        self.takeovers = 0
+        """How many flights this replica has gone on with in the place of another one."""
+
     def __len__(self) -> int:
         return len(self._tasks)
 
     @property
-    def readers(self) -> int:
-        """How many there are of all flights that are not over."""
-        return sum(flight.readers for flight in self._tasks)
+    def running(self) -> Collection[Flight]:
+        """Those that this replica runs, or follows in another one."""
+        return self._tasks.keys()
 
     def find(self, key: CacheKey) -> Flight | None:
         """The flight that a request of this key may join, or whose recording is on its way to the store."""
@@ -103,20 +117,27 @@ class Flights:
         return None if shared and shared.fenced and flight and flight.run != run else flight
 
     def start(self, plan: Plan) -> Flight:
-        """Begins an upstream call in a task of its own, or follows the one that another replica has begun."""
+        """Begins an upstream call in a task of its own, or follows the one that another replica has begun.
+
+        Raises `Overloaded` and `TenantOverloaded`.
+        """
+        place = self.limits.begin_call(plan.tenant)
         name = None if plan.key is None else LogName(plan.key, FlightId(self._new_id(8)))
-        # What is not kept, and not joined, is assembled only for a caller who wants it whole.
-        flight = self._flight(plan.call.api, name, assemble=name is not None or not plan.call.streamed)
+        # What is not kept is assembled only for a caller who wants it whole.
+        kept = name is not None and self._store.is_writable
+        run = first_run(name.flight) if name else self._new_id(4)
+        flight = self._flight(plan.call.api, name, run, assemble=kept or not plan.call.streamed)
         flight.labels, flight.background = plan.labels, plan.background
         flight.replaces = plan.background or plan.newer_than_us >= 0
         if plan.key is not None and plan.joinable:
             self._by_key[plan.key] = flight
+        self._places[flight] = place
         self._drive(flight, plan, partial(self._fly, flight, plan))
         return flight
 
     def follow(self, api: Api, name: LogName, plan: Callable[[], Plan]) -> Flight:
         """Reads the log of another replica's flight, for those who resume it. ``plan`` tells how to take it over."""
-        flight = self._flight(api, name)
+        flight = self._flight(api, name, self._new_id(4))
         flight.resolve("followed")
         self._by_name[name] = flight
         self._drive(flight, None, partial(self._follow, flight, plan, self._rules.terms.lease_s * _PATIENT_LEASES))
@@ -124,7 +145,7 @@ class Flights:
 
     def replay(self, api: Api, name: LogName, recording: Recording) -> Flight:
         """A closed flight that says what a recording holds."""
-        flight = self._flight(api, name)
+        flight = self._flight(api, name, self._new_id(4))
         flight.runs = list(recording.meta.runs) or flight.runs
         marks = recording.marks
         flight.copy(recording.frames(None, usage=True), marks.at_us if marks else ())
@@ -172,10 +193,16 @@ class Flights:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._sharing.close()
 
-    def _flight(self, api: Api, name: LogName | None, *, assemble: bool = True) -> Flight:
+    def _flight(self, api: Api, name: LogName | None, run: str, *, assemble: bool = True) -> Flight:
         terms = self._rules.terms
         return Flight(
-            api, name, self._new_id(4), started_at=self._clock.now(), max_bytes=terms.max_flight_bytes, assemble=assemble
+            api,
+            name,
+            run,
+            started_at=self._clock.now(),
+            max_bytes=terms.max_flight_bytes,
+            assemble=assemble,
+            held=self.limits.held,
         )
 
     # What drives a flight
@@ -188,6 +215,7 @@ class Flights:
 
     def _landed(self, flight: Flight, task: asyncio.Task[None]) -> None:  # noqa: ARG002  # a callback's argument
         del self._tasks[flight]
+        self._give_place_back(flight)
         self._endings.pop(flight, None)
         if flight.outcome is None and flight.resolution != "landed":  # cancelled before its first step: nothing has run
             flight.close(Failed(ShuttingDown(_CLOSING)))
@@ -211,7 +239,7 @@ class Flights:
             self._retire(flight)
 
     async def _fly(self, flight: Flight, plan: Plan) -> None:
-        if plan.key is None or not plan.joinable or await self._claims(flight, plan):
+        if plan.key is None or not (plan.joinable and plan.claims) or await self._claims(flight, plan):
             flight.resolve("led")
             await self._lead(flight, plan)
         elif flight.resolution == "followed":
@@ -228,6 +256,7 @@ class Flights:
             return True
         if claimed.landed or (claimed.follow and plan.background and not flight.readers):
             self._forget(flight)  # what it would say is there, or another replica is at it
+            self._give_place_back(flight)
             flight.resolve("landed")
             return False
         if claimed.follow is None or claimed.follow == name.flight:
@@ -236,12 +265,14 @@ class Flights:
         purged, known = await self._was_purged(there, plan), self._by_name.get(there)
         if purged or (known and (known.outcome or not known.is_joinable)):
             return True
+        self._give_place_back(flight)
         if known:
             flight.instead = known
             self._by_key[name.key] = known
             flight.resolve("followed")
             return False
         flight.name, flight.background = there, False
+        flight.runs = [(first_run(there.flight), 0)]
         self._by_name[there] = flight
         flight.resolve("followed")
         return False
@@ -259,7 +290,13 @@ class Flights:
             return bool(head) and self._purges.cover(labels, orjson.loads(head)["started_at"])
         return False
 
+    def _give_place_back(self, flight: Flight) -> None:
+        if place := self._places.pop(flight, None):
+            place.release()
+
     async def _lead(self, flight: Flight, plan: Plan, continuation: Continuation | None = None) -> None:
+        if flight not in self._places:  # a stream that has begun goes on, however many there are
+            self._places[flight] = self.limits.flights.take_anyway(plan.tenant)
         flight.on_unread = partial(self._unread, flight, plan)
         flight.labels = flight.labels or plan.labels  # who only resumed it did not know them
         if flight.name:
@@ -292,6 +329,7 @@ class Flights:
             if own_plan is None and self._by_name.get(name) in (None, flight):
                 await mirror.leave()
         if own_plan:
+            self.takeovers += 1
             flight.resolve("led")
             await self._lead(flight, own_plan, self._continuation(flight))
 
@@ -342,6 +380,8 @@ class Flights:
     # Where nobody reads
 
     def _unread(self, flight: Flight, plan: Plan | None) -> None:
+        if flight.retired:
+            return  # it was over before its readers had left, since they got their answer elsewhere
         if self._unread_since.get(flight, (0, 0.0))[0] != flight.joins:
             self._unread_since[flight] = flight.joins, asyncio.get_running_loop().time()
         if flight.background and plan:
@@ -419,7 +459,7 @@ class Flights:
         """Ends the log, and seals a recording if the rules allow. From here on newcomers find this flight, if no later one
         has taken its place.
         """
-        recording = recorded(flight, plan, self._clock.now())
+        recording = recorded(flight, plan, self._clock.now(), writable=self._store.is_writable)
         if recording is None:
             flight.close(Complete())
             flight.kept = False

@@ -5,7 +5,7 @@ import logging
 from gateway.core.policy import has_broken_arguments
 from gateway.core.recording import Meta, Recording, body_spans, content_digest
 from gateway.errors import UpstreamBroke
-from gateway.flight import Flight
+from gateway.flight import Flight, first_run
 from gateway.pump import Plan
 
 log = logging.getLogger(__name__)
@@ -17,11 +17,12 @@ def may_be_kept(flight: Flight, plan: Plan) -> bool:
     return plan.key is not None and not plan.why_not and not flight.purged and fits
 
 
-def recorded(flight: Flight, plan: Plan, now: float) -> Recording | None:
-    """The recording of a complete answer; None where it must not be stored, and the flight says why."""
+def recorded(flight: Flight, plan: Plan, now: float, *, writable: bool) -> Recording | None:
+    """The recording of a complete answer; None where it must not be stored, or cannot be, and the flight says why."""
     if plan.key is None:
         return None
-    flight.why_not = _why_not(flight, plan)
+    # Making one for a store that is away is a third of the work of a miss.
+    flight.why_not = _why_not(flight, plan) if writable else "store-unavailable"
     if flight.why_not:
         log.debug("not stored (%s): %r", flight.why_not, flight)
         return None
@@ -53,6 +54,11 @@ def _why_not_run(flight: Flight) -> str:
         return "malformed"
 
 
+def _runs(flight: Flight) -> tuple[tuple[str, int], ...]:
+    """Whose frames these are; empty where the run that began the flight wrote them all."""
+    return () if flight.id and flight.runs == [(first_run(flight.id), 0)] else tuple(flight.runs)
+
+
 def _meta(flight: Flight, plan: Plan, now: float) -> Meta:
     body = flight.whole()
     body_id, body_created = body_spans(body)
@@ -73,7 +79,7 @@ def _meta(flight: Flight, plan: Plan, now: float) -> Meta:
         body_created=body_created,
         whole=not flight.streamed,
         flight=flight.id or "",
-        runs=tuple(flight.runs) if len(flight.runs) > 1 else (),
+        runs=_runs(flight),
         stale_s=rules.kept_stale_s,
         owner=plan.owner,
         namespace=plan.namespace,

@@ -7,14 +7,31 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
-from gateway.app import ADJUSTABLE, RUNNER_OPTIONS, RUNNING, SERVICE, SystemClock, announcement, build_app, open_store
-from gateway.config import Loaded, ServerConfig
+from gateway.app import (
+    ADJUSTABLE,
+    ADMIN_APP,
+    LIMITS,
+    METRICS,
+    RUNNER_OPTIONS,
+    RUNNING,
+    SERVICE,
+    SystemClock,
+    announcement,
+    build_app,
+    open_store,
+    patience,
+)
+from gateway.config import AdminConfig, LimitsConfig, Loaded, ServerConfig
+from gateway.descriptors import raise_descriptor_limit
 from gateway.errors import ConfigError
+from gateway.http.connection import Patience
 from gateway.http.edge import Running
 from gateway.http.server import HttpServer
+from gateway.limits import Limits
 from gateway.live import Live
+from gateway.metrics import Metrics
 from gateway.reload import tell_of_change, tell_of_refusal
 from gateway.signals import Stop, on_signal
 from gateway.sockets import bind
@@ -43,6 +60,14 @@ class Boss(Protocol):
         """To serve on: they listen already. Raises `OSError`."""
         ...
 
+    def admin_sockets(self, config: AdminConfig) -> list[socket.socket]:
+        """To serve operators on, where they have an address of their own. Raises `OSError`."""
+        ...
+
+    def share(self, metrics: Metrics) -> None:
+        """Where others serve the same port, who asks one of them is to hear of all."""
+        ...
+
     async def obey(self, live: Live) -> None: ...
 
 
@@ -68,6 +93,12 @@ class Alone:
     def sockets(self, config: ServerConfig) -> list[socket.socket]:
         return bind(config.host, config.port)
 
+    def admin_sockets(self, config: AdminConfig) -> list[socket.socket]:
+        return bind(*config.address) if config.address else []
+
+    def share(self, metrics: Metrics) -> None:
+        pass
+
     async def obey(self, live: Live) -> None:
         """Takes new configurations until it is cancelled."""
         while True:
@@ -89,19 +120,26 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
     config = loaded.config
     stop = Stop()
     boss.start(stop)
+    raise_descriptor_limit(config.limits)
     async with AsyncExitStack() as stack:
         live = Live(loaded, SystemClock())
         stack.push_async_callback(live.close)
         store, store_described = await open_store(stack, loaded)
         app = build_app(config, store, live.router, loaded.secrets.get(config.admin.key_name, ""))
         live.adjustable = app[ADJUSTABLE]
-        server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS)
+        boss.share(app[METRICS])
+        operators = await _open_operators(stack, app, patience(config))  # below: whoever watches the end sees all of it
+        shared = config.server.workers > 1
+        server = HttpServer(app, app[RUNNING], patience(config), app[LIMITS], RUNNER_OPTIONS, shared=shared)
         stack.push_async_callback(server.close)
         await server.open()
-        sockets = boss.sockets(config.server)
+        sockets, admin_sockets = boss.sockets(config.server), boss.admin_sockets(config.admin)
         address = sockets[0].getsockname()
+        admin_address = admin_sockets[0].getsockname() if admin_sockets else None
         await server.listen(sockets)
-        boss.announce(announcement(address, config, boss.store or store_described))
+        if operators:
+            await operators.listen(admin_sockets)
+        boss.announce(announcement(address, admin_address, config, boss.store or store_described))
         obeying = asyncio.create_task(boss.obey(live))
         stack.push_async_callback(end_task, obeying)
         gc.freeze()  # what is loaded by now stays: the collector need not look at it again
@@ -114,6 +152,17 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_ANSWERS_S):
                     await server.ended()
+
+
+async def _open_operators(stack: AsyncExitStack, app: Any, patience: Patience) -> HttpServer | None:
+    """What serves operators at an address of their own, where they have one: to the very end."""
+    if ADMIN_APP not in app:
+        return None
+    limits = Limits(LimitsConfig(max_connections=0))  # callers cannot get here, so they cannot fill it
+    server = HttpServer(app[ADMIN_APP], Running(), patience, limits, RUNNER_OPTIONS)
+    stack.push_async_callback(server.close)
+    await server.open()
+    return server
 
 
 async def take(live: Live, read: Callable[[], Loaded]) -> tuple[Loaded | None, list[str], list[str]]:

@@ -1,9 +1,8 @@
 """A new configuration for a gateway that runs: all of it or nothing, and no stream is dropped for it."""
 
-import logging
-
 from gateway.app import Adjustable
 from gateway.config import Loaded
+from gateway.logs import adapt
 from gateway.ports import Clock
 from gateway.reload import changes
 from gateway.upstreams.fleet import assemble
@@ -28,7 +27,7 @@ class Live:
         fleet = assemble(loaded, self._clock, self._fleet.deployments)
         if self.adjustable:
             self.adjustable.adjust(loaded, fleet.router)
-        logging.getLogger().setLevel(loaded.config.log.level.upper())
+        adapt(loaded)
         gone = [each.upstream for each in self._fleet.deployments if each not in fleet.deployments]
         self._loaded, self._fleet = loaded, fleet
         self._dismissed = [upstream for upstream in (*self._dismissed, *gone) if upstream.is_open]

@@ -257,6 +257,11 @@ class Store(Protocol):
         """Whether the store answered when it was last asked."""
         ...
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether it took what was last written, too: what is made only to be written can be spared otherwise."""
+        ...
+
     async def lookup(self, key: CacheKey, want: Want, *, patient: bool = False) -> Recording | None:
         """The recording's parts that such a reply needs, or None. ``patient`` waits seconds, not milliseconds."""
         ...

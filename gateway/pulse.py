@@ -28,11 +28,11 @@ _MEMBERS = frozenset({"process", "at", "began_at", "open", "counts", "measured"}
 class Pulse:
     """The counts of one process, beside those that `Tally` keeps (``tallied``)."""
 
-    def __init__(self, process: str, clock: Clock, tallied: Mapping[str, float]) -> None:
+    def __init__(self, process: str, clock: Clock, tallied: Callable[[], Mapping[str, float]]) -> None:
         self.process = process
         self.clock = clock
         self.open: Callable[[], int] = lambda: 0
-        """How many answers are under way."""
+        """How many streams are being written."""
         self.on_change: Callable[[], object] | None = None
         """Called with a change, as long as it is there."""
         self.frames = 0
@@ -73,7 +73,7 @@ class Pulse:
 
     def report(self) -> dict[str, Any]:
         """All of it, since the process began."""
-        tallied = self._tallied
+        tallied = self._tallied()
         counts = {"requests": self._requests, "errors": self._errors, "frames": self.frames}
         counts |= {name: int(tallied.get(name, 0)) for name in COUNTED if name not in counts}
         measured = {name: getattr(self, name).pairs() for name in MEASURED}

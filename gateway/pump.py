@@ -53,10 +53,14 @@ class Plan:
     """The key of the question, where the answer is another sample than the first."""
     why_not: str = ""
     """A word for why the answer must not be stored, where that is known from the beginning."""
+    tenant: str = ""
+    """Whose call it is for ``[limits]``."""
     background: bool = False
     """Whether nobody waits for it: it is to be stored, to replace a stale answer or to be another sample."""
     newer_than_us: int = -1
     """A recording of a flight that began by then was looked at, and would not do."""
+    claims: bool = True
+    """Whether the store is asked who leads. Not where it has just failed to answer: nobody is to wait for it twice."""
     noted: Callable[[], bytes] = bytes
     """What another replica needs of the request to take the flight over."""
     request: Callable[[], bytes] = bytes

@@ -241,12 +241,17 @@ class Questions:
             tags=request.controls.tags,
             sample_of=question.sample_of,
             why_not=why_not,
+            tenant=self.tenant(request),
             background=background,
             newer_than_us=newer_than_us,
             noted=partial(_noted, question, why_not),
             request=partial(_kept, request) if self._rules.keep_requests else bytes,
             key_of=partial(self._key, request, route, question.space),
         )
+
+    def tenant(self, request: Request) -> str:
+        """Whose it is for ``[limits]``: whatever callers share, each has limits of its own."""
+        return self._tenants.owner(request.headers, shared=False)
 
     @staticmethod
     def ttl_s(question: Question) -> float:

@@ -235,7 +235,9 @@ class _Place:
         """What is left of a chunk whose beginning the caller has."""
 
     def find(self) -> bool:
-        """Whether it is found. Raises `StreamDiverged`, `StreamLost`, and `InvalidRequest` where it is beyond the end."""
+        """Whether it is found. Raises `StreamDiverged` and `StreamLost`; where it is beyond the end, `InvalidRequest`, or
+        why the flight has ended so early.
+        """
         if self._skip or not self._is_numbered():
             return self._find_by_content()
         if self._find_by_number():
@@ -282,7 +284,7 @@ class _Place:
             self.at = flight.count  # of what has come, nothing is needed
             return False
         if after > number + 1:
-            raise InvalidRequest("The cursor is behind the end of the stream.", param="after")
+            raise flight.error or InvalidRequest("The cursor is behind the end of the stream.", param="after")
         self.at, self.number, self.over = flight.count, after, after > number
         return True
 
@@ -306,7 +308,8 @@ class _Place:
         except Diverged as error:
             raise StreamDiverged(str(error)) from None
         if not self._skip.reached and flight.outcome is not None:
-            raise StreamDiverged("The run that goes on with this stream ended before all that was shown of it.")
+            message = "The run that goes on with this stream ended before all that was shown of it."
+            raise flight.error or StreamDiverged(message)
         return self._skip.reached
 
 

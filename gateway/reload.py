@@ -12,6 +12,7 @@ _FREE_KEYS = {"log": ("level",), "admin": ("key_env", "key_file")}
 # What keys and stored answers are made with, and how turns are taken, begins with the process.
 _FIXED_KEYS = {
     "cache": ("key_secret_env", "compress_from_bytes", "sample_order", "sample_seed"),
+    "limits": (),
     "replay": (),
     "retries": (),
     "ejection": (),

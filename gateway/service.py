@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,17 +14,20 @@ from gateway.core.stream_id import NO_RUN, StreamId, mint, traceable_digits
 from gateway.errors import (
     GatewayError,
     NotCached,
+    Overloaded,
     ShuttingDown,
     StoreAway,
     StoreError,
     StoreUnavailable,
     StreamCancelled,
+    TenantOverloaded,
     UpstreamRefused,
     is_broken_off,
     is_outage,
 )
 from gateway.flight import Flight
 from gateway.flights import Flights
+from gateway.limits import Holding
 from gateway.ports import Clock, FlightId, LogName, Store
 from gateway.pulse import Pulse
 from gateway.pump import Plan
@@ -79,7 +82,7 @@ class Service:
         self._purges = purges
         self._tally = tally
         self._pulse = pulse
-        self.replays: set[RecordingReader] = set()
+        self.replays: dict[RecordingReader, Holding] = {}
         """Those that go on."""
         self._watches: dict[RecordingReader, asyncio.Task[None]] = {}
         self._samples = Samples(store, purges, clock, order=rules.sample_order, seed=rules.sample_seed)
@@ -87,11 +90,6 @@ class Service:
         """When an answer was last fetched in the background."""
         # An id must be unlike any other, not hard to guess; asking the system for each would cost a tenth of a hit.
         self._random = random.Random()  # noqa: S311
-
-    @property
-    def open_readers(self) -> int:
-        """How many answers are under way to their callers."""
-        return len(self.replays) + self._flights.readers
 
     async def open(self, request: Request) -> Opened:
         """Finds the answer, or begins it. The reader must be given back to `leave`. Raises `GatewayError`."""
@@ -122,11 +120,17 @@ class Service:
         reader = opened.reader.reader if isinstance(opened.reader, StandIn) else opened.reader
         reader.leave()
         if isinstance(reader, RecordingReader):
-            self.replays.discard(reader)
+            if holding := self.replays.pop(reader, None):
+                holding.become(0)
             if watch := self._watches.pop(reader, None):
                 watch.cancel()
         if opened.model:  # a resumed stream was counted when it was asked for
             self._count(reader, opened)
+
+    def begin_replay(self, reader: RecordingReader) -> None:
+        """From now on it goes on, until it is given back to `leave`."""
+        holding = self.replays[reader] = self._flights.limits.held.holding()
+        holding.become(reader.recording.size_bytes)
 
     async def close(self) -> None:
         """Ends all running answers with an error that their callers are told."""
@@ -207,8 +211,10 @@ class Service:
             return
         if len(self._refreshed) >= _MAX_REFRESHED:
             self._refreshed.clear()
-        self._refreshed[key] = now_s
-        self._flights.start(self._questions.plan(question, background=True, newer_than_us=seen_us))
+        plan = self._questions.plan(question, background=True, newer_than_us=seen_us)
+        if self._flights.limits.check_call(plan.tenant):  # else what is needed now has the place
+            self._refreshed[key] = now_s
+            self._flights.start(plan)
 
     async def _sample(self, question: Question) -> Question:
         """The sample whose turn it is; where there are fewer than there may be, one more is fetched."""
@@ -227,8 +233,21 @@ class Service:
     async def _start(self, question: Question, miss: Disposition, seen_us: int) -> Opened | None:
         """Begins a flight, which may turn out to follow another replica's; None where its recording has landed meanwhile."""
         _check_that_asking_is_allowed(question.request)
-        flight = self._flights.start(self._questions.plan(question, newer_than_us=seen_us))
+        plan = self._questions.plan(question, newer_than_us=seen_us)
+        if miss.detail == "store-unavailable":
+            plan = replace(plan, claims=False)
+        try:
+            flight = self._flights.start(plan)
+        except (Overloaded, TenantOverloaded) as error:
+            return await self._stale_or_none(question, error)
         return await self._opened_when_resolved(question, flight, miss)
+
+    async def _stale_or_none(self, question: Question, error: GatewayError) -> Opened:
+        """A stored answer in the place of a call that may not begin. Raises ``error`` where none will do."""
+        window_s = question.request.directives.error_window_s(question.rules.stale_if_error_s)
+        if window_s > 0 and (found := await self._stale(question, window_s, error)):
+            return self._replay(question, *found)
+        raise error
 
     async def _join(self, question: Question, flight: Flight, miss: Disposition) -> Opened | None:
         if flight.outcome and (recording := await flight.sealed()):
@@ -281,7 +300,18 @@ class Service:
     async def _stale_instead(
         self, question: Question, opened: Opened, window_s: float, error: GatewayError
     ) -> RecordingReader | None:
-        """A stored answer in the place of an upstream's failure."""
+        """A stored answer in the place of an upstream's failure; None where none will do."""
+        found = await self._stale(question, window_s, error)
+        if found is None:
+            return None
+        recording, opened.disposition = found
+        reader, opened.stream_id = self._reader(question, recording)
+        return reader
+
+    async def _stale(self, question: Question, window_s: float, error: GatewayError) -> tuple[Recording, Disposition] | None:
+        """What is stored, where it may stand in for a failure, and what to say of it."""
+        if not is_outage(error):
+            return None
         recording, _ = await self._lookup(question)
         if recording is None or self._purges.covers(question.key, recording.meta):
             return None
@@ -290,9 +320,7 @@ class Service:
             return None
         status = error.status if isinstance(error, UpstreamRefused) else 0  # else the upstream has not answered
         told = Disposition("stale", "stale-if-error", age_s(meta, now), remaining_s(meta, now), "stale", status=status)
-        reader, opened.stream_id = self._reader(question, recording)
-        opened.disposition = told
-        return reader
+        return recording, told
 
     def _opened(self, question: Question, reader: FlightReader, disposition: Disposition) -> Opened:
         """With an id by which it can be resumed, if it is a stream of a flight that others may see."""
@@ -324,7 +352,7 @@ class Service:
         ids = EventIds(token) if request.event_ids and token else None
         reader = RecordingReader(recording, identity, usage=request.usage, pace=self._rules.pace, clock=self._clock, ids=ids)
         reader.nonce = nonce
-        self.replays.add(reader)
+        self.begin_replay(reader)
         if token and self._rules.pace.kind != "instant":
             name = LogName(question.key, FlightId(meta.flight))
             self._watches[reader] = asyncio.get_running_loop().create_task(self._cut_when_cancelled(reader, name))
@@ -367,7 +395,8 @@ class Service:
         """Asks the model, and leaves nothing behind."""
         _check_that_asking_is_allowed(request)
         told = Disposition("bypass", "no-store", fwd="request") if rules.enabled else _DISABLED
-        plan = Plan(self._questions.call(request, route), route.upstream, None, joinable=False, ttl_s=0.0, rules=rules)
+        call, tenant = self._questions.call(request, route), self._questions.tenant(request)
+        plan = Plan(call, route.upstream, None, joinable=False, ttl_s=0.0, rules=rules, tenant=tenant)
         reader = FlightReader(self._flights.start(plan), usage=request.usage)
         return Opened(reader, told, route.model, route.upstream.name)
 

@@ -28,6 +28,7 @@ _UNHEARD_S = 0.1
 _AGAIN_S = 0.5
 _TIMER_STEP_S = 0.001  # uvloop's timers have no finer one, and may be early by half of it
 _HEARTBEATS_PER_LEASE = 4
+_MAX_UNTOLD = 1000
 _BATCH_BYTES = 1_048_576
 # A log that is written anew again and again is one that the store cannot keep.
 _MAX_ROUNDS = 1000
@@ -63,6 +64,8 @@ class Shared:
         self.called = False
         """Whether another replica has asked to look at the log."""
         self.fenced = False
+        self.may_hold = True
+        """Whether the store may know of it."""
         self._sent: deque[tuple[int, int]] = deque()
         """The batches in the log: how many frames it had after each, and how many bytes had been appended by then."""
         self._sent_bytes = self._batch_bytes = 0
@@ -163,6 +166,7 @@ class Sharing:
 
     def __init__(self, store: Store, terms: Terms) -> None:
         self._store = store
+        self._lease_s = terms.lease_s
         self._heartbeat_s = terms.lease_s / _HEARTBEATS_PER_LEASE
         self._shared: dict[FlightId, Shared] = {}
         self._task: asyncio.Task[None] | None = None
@@ -170,6 +174,9 @@ class Sharing:
         self._timer: asyncio.Handle | None = None
         self._timer_at_s = 0.0
         self._given_up: list[Shared] = []
+        self._untold: deque[tuple[LogName, Writer, float]] = deque(maxlen=_MAX_UNTOLD)
+        """The logs whose end the store did not take, and when nobody believes any longer that they go on."""
+        self._untold_due_s = 0.0
         store.on_called(self._on_called)
 
     def writer(self, run: str) -> Writer:
@@ -179,6 +186,7 @@ class Sharing:
         """From now on the flight's log is written, by this replica's run of it."""
         shared = Shared(flight, name, self.writer(flight.run), request=request, joinable=joinable)
         shared.on_fenced = partial(self._give_up, shared)
+        shared.may_hold = self._store.is_writable
         self._shared[name.flight] = shared
         # Not at once: an answer that comes at once need not be told in parts, and the first token is on its way now.
         self._hurry(shared, asyncio.get_running_loop().time() + _HEARD_S)
@@ -207,15 +215,22 @@ class Sharing:
         """
         self._forget(shared)
         try:
-            await self._append_rest(shared, certain=recording is None)
-            name, writer, end = shared.name, shared.writer, _ended(outcome)
-            if recording:
-                return await self._store.store(name.key, recording, ends=name, writer=writer, end=end)
-            body = shared.flight.whole() if isinstance(outcome, Complete) and not shared.flight.streamed else b""
-            await self._store.end(name, writer, end, body=body)
-            return False
+            return await self._finish(shared, outcome, recording)
+        except StoreError as error:
+            if not isinstance(error, StoreFenced):
+                self._tell_later(shared)
+            raise
         finally:
             shared.flight.followers.discard(shared)
+
+    async def _finish(self, shared: Shared, outcome: Outcome, recording: Recording | None) -> bool:
+        await self._append_rest(shared, certain=recording is None)
+        name, writer, end = shared.name, shared.writer, _ended(outcome)
+        if recording:
+            return await self._store.store(name.key, recording, ends=name, writer=writer, end=end)
+        body = shared.flight.whole() if isinstance(outcome, Complete) and not shared.flight.streamed else b""
+        await self._store.end(name, writer, end, body=body)
+        return False
 
     async def release(self, shared: Shared) -> None:
         """Leaves a log that has not ended to whoever still reads it. Raises `StoreError`."""
@@ -240,6 +255,24 @@ class Sharing:
         if holds_lease:
             self._given_up.append(shared)
             self._wake()
+
+    def _tell_later(self, shared: Shared) -> None:
+        """Else whoever asks the same once the store is well would wait for the rest of it until its lease runs out."""
+        if shared.may_hold:
+            now_s = asyncio.get_running_loop().time()
+            self._untold.append((shared.name, shared.writer, now_s + self._lease_s))
+            self._untold_due_s = now_s + _AGAIN_S
+            self._wake_at(self._untold_due_s)
+
+    async def _tell_ends(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._untold_due_s = loop.time() + _AGAIN_S
+        with suppress(StoreError):  # then again
+            while self._untold and self._store.available:
+                name, writer, until_s = self._untold[0]
+                if loop.time() < until_s:
+                    await self._store.release(name, writer)
+                self._untold.popleft()
 
     def _forget(self, shared: Shared) -> None:
         if self._shared.get(shared.name.flight) is shared:
@@ -274,6 +307,8 @@ class Sharing:
             with suppress(StoreError):
                 await self._store.release(shared.name, shared.writer)
         now_s = asyncio.get_running_loop().time()
+        if self._untold and self._untold_due_s <= now_s:
+            await self._tell_ends()
         due = [shared for shared in self._shared.values() if shared.due_s <= now_s]
         if due:
             for shared, result in zip(due, await self._append(due), strict=True):
@@ -281,6 +316,8 @@ class Sharing:
             return
         self._woken.clear()
         self._wake_at(min((shared.due_s for shared in self._shared.values()), default=float("inf")))
+        if self._untold:
+            self._wake_at(self._untold_due_s)
         await self._woken.wait()
 
     def _wake_at(self, due_s: float) -> None:
@@ -301,10 +338,17 @@ class Sharing:
         self._woken.set()
 
     async def _append(self, due: Sequence[Shared]) -> list[Appended | StoreError]:
+        # What will not be taken is not even made. Logs that have begun are to keep their leases.
+        store = self._store
+        tried = due if store.is_writable else [shared for shared in due if shared.sent_s and store.available]
+        for shared in tried:
+            shared.may_hold = True
         try:
-            return await self._store.append([shared.batch() for shared in due])
+            results = await store.append([shared.batch() for shared in tried])
         except StoreError as error:
-            return [error] * len(due)
+            results = [error] * len(tried)
+        by_flight = dict(zip(tried, results, strict=True))
+        return [by_flight.get(shared) or StoreUnavailable("the store takes nothing now") for shared in due]
 
     def _learn(self, shared: Shared, result: Appended | StoreError) -> None:
         if self._shared.get(shared.name.flight) is not shared:

@@ -201,7 +201,7 @@ class Streams:
             recording, identity, usage=stream.usage, pace=INSTANT, clock=self._clock, after=cursor.after, ids=ids
         )
         reader.nonce = stream.nonce.hex()
-        self._service.replays.add(reader)
+        self._service.begin_replay(reader)
         meta, now = recording.meta, self._clock.now()
         disposition = Disposition("hit", "resumed", age_s=age_s(meta, now), ttl_s=remaining_s(meta, now))
         return Opened(reader, disposition, stream_id=token)

@@ -11,8 +11,9 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from itertools import count
-from typing import Self
+from typing import Any, Self
 
 from gateway.channel import Channel, Message
 from gateway.config import Loaded
@@ -31,6 +32,7 @@ _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 15.0
 _ANSWER_WITHIN_S = 30.0
 _LOOKS = 10
+_MEASURED_WITHIN_S = 1.0
 # How much longer than the grace workers may take to end.
 _LAST_WORDS_S = 8.0
 
@@ -50,6 +52,9 @@ async def supervise(source: Source, loaded: Loaded, say: Callable[[str], None]) 
         sockets = bind(config.server.host, config.server.port)
         for sock in sockets:
             stack.callback(sock.close)
+        admin_sockets = bind(*config.admin.address) if config.admin.address else []
+        for sock in admin_sockets:
+            stack.callback(sock.close)
         url = store = ""
         if config.redis.url == "embedded":
             try:
@@ -59,12 +64,16 @@ async def supervise(source: Source, loaded: Loaded, say: Callable[[str], None]) 
                 log.warning("%s. Workers would have no cache to share, so only one serves.", error)
                 return None
             url, store = server.url, f"embedded Valkey ({server.described})"
-        return await Supervisor(source, loaded, sockets, (url, store), stop, say).run()
+        return await Supervisor(source, loaded, (sockets, admin_sockets), (url, store), stop, say).run()
 
 
 def pause_s(failures: int) -> float:
     """How long to wait before another worker is started, after so many in a row that did not live long."""
     return min(_FIRST_PAUSE_S * 2 ** (failures - 2), _LONGEST_PAUSE_S) if failures > 1 else 0.0
+
+
+Listening = tuple[list[socket.socket], list[socket.socket]]
+"""For callers, and for operators."""
 
 
 class Worker:
@@ -77,28 +86,31 @@ class Worker:
         self.serves = asyncio.Event()
         self.announced = ""
         self._heard = 0
+        self.on_asked: Callable[[int], object] = lambda _: None
+        """Called where it wants to know what all workers measure, with the number of the question."""
         self._channel = channel
         self._numbers = count()
-        self._answers: dict[int, asyncio.Future[list[str] | None]] = {}
+        self._answers: dict[int, asyncio.Future[Message | None]] = {}
         self._hearing = asyncio.create_task(self._hear())
 
     @classmethod
-    async def start(cls, loaded: Loaded, listening: list[socket.socket], url: str, store: str) -> Self:
+    async def start(cls, loaded: Loaded, listening: Listening, url: str, store: str) -> Self:
         """The same command again, with the same interpreter, environment and flags, and one flag more."""
         ours, theirs = socket.socketpair()
         with theirs:
-            descriptors = [sock.fileno() for sock in listening]
+            descriptors, admin_descriptors = ([sock.fileno() for sock in each] for each in listening)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *sys.orig_argv[1:],
                 "--worker",
                 str(theirs.fileno()),
-                pass_fds=(theirs.fileno(), *descriptors),
+                pass_fds=(theirs.fileno(), *descriptors, *admin_descriptors),
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the supervisor, which then ends its workers
             )
         worker = cls(process, await Channel.over(ours), loaded)
-        worker.send({"listening": descriptors, "url": url, "store": store, "text": loaded.text})
+        told = {"listening": descriptors, "admin_listening": admin_descriptors}
+        worker.send({**told, "url": url, "store": store, "text": loaded.text})
         return worker
 
     def send(self, message: Message) -> None:
@@ -126,12 +138,22 @@ class Worker:
 
     async def take(self, loaded: Loaded) -> list[str] | None:
         """Has it take another configuration, and tells what is wrong with that; None where it is gone, or hangs."""
+        # One that has yet to start reads it when it has.
+        answer = await self._ask({"text": loaded.text}, _ANSWER_WITHIN_S)
+        return None if answer is None else answer["problems"]
+
+    async def snapshot(self) -> Any:
+        """What it measures; None where it is gone, hangs, or has yet to start."""
+        answer = await self._ask({"measure": True}, _MEASURED_WITHIN_S) if self.serves.is_set() else None
+        return None if answer is None else answer["snapshot"]
+
+    async def _ask(self, message: Message, within_s: float) -> Message | None:
         number = next(self._numbers)
-        answer: asyncio.Future[list[str] | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
         self._answers[number] = answer
-        self.send({"text": loaded.text, "number": number})  # one that has yet to start reads it when it has
+        self.send({**message, "number": number})
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWER_WITHIN_S):
+            async with asyncio.timeout(within_s):
                 return await answer
         return None
 
@@ -143,10 +165,13 @@ class Worker:
                 self.serves.set()
             elif "pong" in message:
                 pass
+            elif "asked" in message:
+                self.on_asked(message["asked"])
             elif (answer := self._answers.pop(message["number"], None)) and not answer.done():
-                answer.set_result(message["problems"])
+                answer.set_result(message)
         for answer in self._answers.values():
-            answer.set_result(None)
+            if not answer.done():
+                answer.set_result(None)
 
 
 class Supervisor:
@@ -156,7 +181,7 @@ class Supervisor:
         self,
         source: Source,
         loaded: Loaded,
-        sockets: list[socket.socket],
+        sockets: Listening,
         store: tuple[str, str],
         stop: Stop,
         say: Callable[[str], None],
@@ -169,6 +194,8 @@ class Supervisor:
         self._say = say
         self._workers: dict[int, Worker] = {}
         """By their places."""
+        self._restarts: dict[int, int] = {}
+        self._asked: set[asyncio.Task[None]] = set()
         self._up = False
         """Whether all have served at a time: who does not after that is worth another try."""
         self._code = 0
@@ -202,6 +229,7 @@ class Supervisor:
 
     async def _hire(self, place: int) -> Worker:
         worker = self._workers[place] = await Worker.start(self._loaded, self._sockets, *self._store)
+        worker.on_asked = partial(self._tell_all, worker)
         if self._stop.is_asked:
             worker.send({"stop": "now"})
         return worker
@@ -225,6 +253,7 @@ class Supervisor:
                 async with asyncio.timeout(pause_s(failures)):
                     await self._stop.asked()
                     return
+            self._restarts[place] = self._restarts.get(place, 0) + 1
             worker = await self._hire(place)
 
     async def _ended(self, worker: Worker) -> int:
@@ -245,7 +274,7 @@ class Supervisor:
 
     async def _end(self, keepers: list["asyncio.Task[None]"]) -> None:
         """Passes on that it is time, and waits until all workers have ended."""
-        for sock in self._sockets:
+        for sock in (*self._sockets[0], *self._sockets[1]):
             sock.close()  # the workers have it still: it is theirs to take what waits there
         self._tell({"stop": "now" if self._stop.is_urgent else "please"})
         hurrying = asyncio.create_task(self._hurry())
@@ -266,6 +295,19 @@ class Supervisor:
     def _tell(self, message: Message) -> None:
         for worker in self._workers.values():
             worker.send(message)
+
+    def _tell_all(self, worker: Worker, number: int) -> None:
+        """What all workers measure, to one of them."""
+        self._asked.add(task := asyncio.create_task(self._measure(worker, number)))
+        task.add_done_callback(self._asked.discard)
+
+    async def _measure(self, asker: Worker, number: int) -> None:
+        workers = list(self._workers.items())
+        snapshots = await asyncio.gather(*(worker.snapshot() for _, worker in workers))
+        told = [
+            (place, self._restarts.get(place, 0), snapshot) for (place, _), snapshot in zip(workers, snapshots, strict=True)
+        ]
+        asker.send({"asked": number, "workers": told})
 
     # Configurations
 

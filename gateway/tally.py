@@ -36,8 +36,8 @@ class Tally:
         self._store = store
         self._known: set[str] = set()
         self._counts: dict[str, dict[str, float]] = {}
-        self.totals: dict[str, float] = {}
-        """Of all models, since this process began."""
+        self._writing: dict[str, dict[str, float]] = {}
+        self._written: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -48,9 +48,16 @@ class Tally:
         if counts is None:
             counts = self._of(model)
         counts[name] = counts.get(name, 0.0) + amount
-        self.totals[name] = self.totals.get(name, 0.0) + amount
         if self._timer is None:
             self._schedule()
+
+    def totals(self) -> dict[str, float]:
+        """All that this process has counted, by name."""
+        found = dict(self._written)
+        for counts in (self._counts, self._writing):
+            for names in counts.values():
+                _add(found, names)
+        return found
 
     async def flush(self) -> None:
         """Writes what was counted until now, if the store can take it."""
@@ -93,6 +100,7 @@ class Tally:
 
     def _start(self) -> "asyncio.Task[None]":
         counts, self._counts = self._counts, {}
+        self._writing = counts
         self._task = task = asyncio.get_running_loop().create_task(self._write(counts))
         return task
 
@@ -101,13 +109,20 @@ class Tally:
             await self._store.count({f"{name}|{model}": n for model, names in counts.items() for name, n in names.items()})
         except StoreError:
             self._put_back(counts)
+        else:
+            for names in counts.values():
+                _add(self._written, names)
         finally:
+            self._writing = {}
             self._task = None
 
     def _put_back(self, counts: dict[str, dict[str, float]]) -> None:
         for model, names in counts.items():
-            kept = self._counts.setdefault(model, {})
-            for name, amount in names.items():
-                kept[name] = kept.get(name, 0.0) + amount
+            _add(self._counts.setdefault(model, {}), names)
         if self._timer is None:
             self._schedule()
+
+
+def _add(to: dict[str, float], counts: Mapping[str, float]) -> None:
+    for name, amount in counts.items():
+        to[name] = to.get(name, 0.0) + amount

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import Gateway, RedisServer, find_redis, run_gateway
+from running import Gateway, RedisNodes, RedisServer, find_redis, run_gateway
 from scripted import ScriptedUpstream
+from stores import Backend, Proxy, embedded_server, nothing_unnoticed, on_any, on_server
 
 from gateway.config import load
 
@@ -42,6 +43,42 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def embedded_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with embedded_server(tmp_path_factory) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisNodes]:
+    """A cluster for the tests that leave it as it is."""
+    _needs_redis()
+    nodes = RedisNodes(tmp_path_factory.mktemp("nodes"))
+    nodes.start()
+    yield nodes
+    nodes.stop()
+
+
+@pytest.fixture(params=["shared_redis", "embedded_redis"])
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    """Servers that can be watched."""
+    async with on_server(request.getfixturevalue(request.param)) as backend:
+        yield backend
+
+
+@pytest.fixture(params=["fakeredis", "shared_redis", "embedded_redis", "redis_cluster"])
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    """All that the store has to work on."""
+    async with on_any(request) as backend:
+        yield backend
+
+
+@pytest.fixture
+async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
+    with nothing_unnoticed():
+        yield
+
+
 @pytest.fixture
 async def no_task_is_left() -> AsyncIterator[None]:
     """A task that outlives its test is a leak."""
@@ -61,6 +98,14 @@ async def upstream(no_task_is_left: None) -> AsyncIterator[ScriptedUpstream]:
     yield scripted
     await scripted.stop()
     assert not scripted.errors
+
+
+@pytest.fixture
+async def proxy(own_redis, no_task_is_left: None) -> AsyncIterator[Proxy]:
+    proxy = Proxy()
+    await proxy.start(own_redis.url.removeprefix("unix://"))
+    yield proxy
+    await proxy.stop()
 
 
 StartGateway = Callable[..., Awaitable[Gateway]]

@@ -100,6 +100,7 @@ class FakeStore:
 
     secret = b"0123456789abcdef"
     available = True
+    is_writable = True
 
     def __init__(self, replica: str = "a") -> None:
         self.replica = replica

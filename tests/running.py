@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,23 @@ from aiohttp import web
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from gateway.app import RUNNER_OPTIONS, SERVICE, SystemClock, build_app, open_store
+from gateway.app import (
+    ADJUSTABLE,
+    LIMITS,
+    RUNNER_OPTIONS,
+    RUNNING,
+    SERVICE,
+    Adjustable,
+    SystemClock,
+    build_app,
+    open_store,
+    patience,
+)
 from gateway.errors import StoreUnavailable
+from gateway.http.server import HttpServer
+from gateway.limits import Limits
 from gateway.service import Service
+from gateway.sockets import bind
 from gateway.store.embedded import server_binary
 from gateway.store.redis import RedisStore
 from gateway.upstreams.fleet import assemble
@@ -80,21 +94,72 @@ class RedisServer:
 _STARTS = 5
 
 
-class RedisNodes:
-    """A Redis Cluster on the loopback: three masters, without replicas."""
+class PortedRedis:
+    """A server on a port of the loopback, or with a ``config`` a sentinel."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *options: str, config: str = "") -> None:
+        directory.mkdir()
         self._directory = directory
+        self._options = options
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    def start(self) -> None:
+        """On the same port as before, else on one that is free."""
+        for _ in range(_STARTS):
+            self.port = self.port or _free_ports()[0]
+            if self._run():
+                return
+            self.port = 0
+        raise AssertionError("the server did not start")
+
+    def _run(self) -> bool:
+        program, file = find_redis(), self._directory / "server.conf"
+        assert program
+        options = [option.replace("PORT", str(self.port)) for option in self._options or ("--port", "PORT")]
+        if self._config:
+            file.write_text(self._config)
+        arguments = [str(file), "--sentinel"] if self._config else ["--save", ""]
+        arguments += [*options, "--bind", "127.0.0.1", "--dir", str(self._directory)]
+        self._process = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE)
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if b"ready to accept connections" in line.lower() or b"Sentinel ID is" in line:
+                return True
+        self.stop()
+        return False
+
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdout
+            self._process.stdout.close()
+            self._process = None
+
+
+class RedisNodes:
+    """A Redis Cluster on the loopback: three masters, without replicas. ``tls`` are options that name its files."""
+
+    def __init__(self, directory: Path, tls: Sequence[str] = (), **client: Any) -> None:
+        self._directory = directory
+        self._tls = tls
+        self._client = client
         self._processes: list[subprocess.Popen[bytes]] = []
         self.ports: list[int] = []
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.ports[0]}"
+        return f"redis{'s' if self._tls else ''}://127.0.0.1:{self.ports[0]}"
 
     def start(self) -> None:
         buses = [self._start_node(number) for number in range(3)]
-        clients = [Redis(port=port) for port in self.ports]
+        clients = [Redis(port=port, **self._client) for port in self.ports]
         for number, client in enumerate(clients):
             client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
             client.execute_command("CLUSTER ADDSLOTSRANGE", 16384 * number // 3, 16384 * (number + 1) // 3 - 1)
@@ -108,7 +173,7 @@ class RedisNodes:
         for _ in range(_STARTS):
             port, bus = _free_ports()
             process = self._run_node(number, port, bus)
-            if _answers(process, port):
+            if _answers(process, port, **self._client):
                 self._processes.append(process)
                 self.ports.append(port)
                 return bus
@@ -122,7 +187,8 @@ class RedisNodes:
         options = f"--port {port} --cluster-port {bus} --bind 127.0.0.1 --cluster-enabled yes --dir {directory} --save"
         # With part of the slots lost, the others go on: what a node that dies means to our keys is what is tested.
         options = f"--cluster-require-full-coverage no --cluster-node-timeout 1000 {options}"
-        return subprocess.Popen([program, *options.split(), ""], stdout=subprocess.DEVNULL)
+        tls = [*self._tls, "--port", "0", "--tls-port", str(port), "--tls-cluster", "yes"] if self._tls else []
+        return subprocess.Popen([program, *options.split(), "", *tls], stdout=subprocess.DEVNULL)
 
     def stop(self, number: int | None = None) -> None:
         """Kills one node, or all."""
@@ -142,13 +208,13 @@ def _free_ports() -> tuple[int, int]:
     return one, other
 
 
-def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
+def _answers(process: "subprocess.Popen[bytes]", port: int, **client: Any) -> bool:
     """Whether a server comes up, and not another one in its place."""
     deadline = time.monotonic() + 10
-    with Redis(port=port) as client:
+    with Redis(port=port, **client) as redis:
         while process.poll() is None and time.monotonic() < deadline:
             with suppress(RedisConnectionError):
-                if client.info("server")["process_id"] == process.pid:
+                if redis.info("server")["process_id"] == process.pid:
                     return True
             time.sleep(0.01)
     process.kill()
@@ -178,6 +244,13 @@ class Gateway:
     session: aiohttp.ClientSession
     service: Service
     store: RedisStore
+    server: HttpServer
+    limits: Limits
+    adjustable: Adjustable
+
+    @property
+    def runner(self) -> web.AppRunner:
+        return self.server._runner
 
     @property
     def base_url(self) -> str:
@@ -248,10 +321,11 @@ async def run_gateway(stack: AsyncExitStack, loaded: Any) -> Gateway:
     stack.push_async_callback(fleet.close)
     store, _ = await open_store(stack, loaded)
     app = build_app(loaded.config, store, fleet.router, loaded.secrets.get(loaded.config.admin.key_name, ""))
-    runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    port = runner.addresses[0][1]
+    server = HttpServer(app, app[RUNNING], patience(loaded.config), app[LIMITS], RUNNER_OPTIONS)
+    stack.push_async_callback(server.close)
+    await server.open()
+    (sock,) = bind("127.0.0.1", 0)
+    await server.listen([sock])
     session = await stack.enter_async_context(aiohttp.ClientSession())
-    return Gateway(f"http://127.0.0.1:{port}", session, app[SERVICE], store)
+    origin = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    return Gateway(origin, session, app[SERVICE], store, server, app[LIMITS], app[ADJUSTABLE])

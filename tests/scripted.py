@@ -232,7 +232,7 @@ class ScriptedUpstream:
         if "content-length" in headers:
             body = await reader.readexactly(int(headers["content-length"]))
         elif headers.get("transfer-encoding") == "chunked":
-            while size := int(await reader.readline(), 16):
+            while size := int(await reader.readuntil(b"\n"), 16):
                 body += (await reader.readexactly(size + 2))[:-2]
                 self.on_body(body)
             await reader.readline()

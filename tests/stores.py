@@ -5,8 +5,8 @@ import gc
 import os
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +134,11 @@ async def on_server(server: RedisServer | RedisNodes) -> AsyncIterator[Backend]:
         yield Backend(make_client, raw, f"t{os.urandom(6).hex()}", stack)
 
 
+def on_any(request: pytest.FixtureRequest) -> AbstractAsyncContextManager[Backend]:
+    """On the imitation, or on what the fixture of this name is."""
+    return on_fakeredis() if request.param == "fakeredis" else on_server(request.getfixturevalue(request.param))
+
+
 @contextmanager
 def embedded_server(directories: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """The server that the embedded store is, where the other one is Redis itself."""
@@ -147,6 +152,55 @@ def embedded_server(directories: pytest.TempPathFactory) -> Iterator[RedisServer
         server.start()
     yield server
     server.stop()
+
+
+class Proxy:
+    """Stands between the store and a server, and takes its time with answers."""
+
+    def __init__(self) -> None:
+        self.delay_s = 0.0
+        self.connections = 0
+        self.asked = b""
+        self.url = ""
+        self.on_asked: Callable[[bytes], Awaitable[None]] | None = None
+        """Called with what is asked before the server has it."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, socket: str) -> None:
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self.connections += 1
+            try:
+                theirs, ours = await asyncio.open_unix_connection(socket)
+            except OSError:
+                writer.close()
+                return
+            for task in (self._ask(reader, ours), self._answer(theirs, writer)):
+                self._tasks.add(asyncio.create_task(task))
+
+        self._server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            while data := await reader.read(65536):
+                self.asked += data
+                if self.on_asked:
+                    await self.on_asked(data)
+                writer.write(data)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            while data := await reader.read(65536):
+                await asyncio.sleep(self.delay_s)
+                writer.write(data)
+
+    async def stop(self) -> None:
+        assert self._server
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def commands_about(backend: Backend, act: Callable[[], Any]) -> list[str]:

@@ -147,6 +147,7 @@ WRONG = [
     ("GET", "/admin/entries?limit=0", None, "limit"),
     ("GET", "/admin/entries?cursor=nowhere", None, "cursor"),
     ("GET", "/admin/entries?cursor=-", None, "cursor"),
+    ("GET", "/admin/entries?cursor=1-2-3-4", None, "cursor"),  # a cluster's
     ("GET", f"/admin/entries?cursor={'9' * 20}", None, "cursor"),
     ("GET", f"/admin/entries?model={'[' * 1001}", None, "model"),
     ("GET", f"/admin/entries/{'0' * 40}?part=tail", None, "part"),

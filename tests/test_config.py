@@ -26,6 +26,7 @@ KINDS = [OpenAIUpstreamConfig, LangChainUpstreamConfig, SimulatedUpstreamConfig]
 OTHER_VALUES = {
     ("admin", "key_file"): __file__,
     ("redis", "url"): "redis://elsewhere:6380/1",
+    ("redis", "tls_verify"): "ca",
     ("redis", "protocol"): 2,
     ("cache", "scope"): "shared",
     ("cache", "sample_order"): "random",
@@ -36,6 +37,7 @@ OTHER_VALUES = {
     ("replay", "pace"): "fixed",
     ("replay", "identity"): "original",
     ("admin", "key_env"): "KEY_SECRET",
+    ("admin", "listen"): "127.0.0.1:9090",
     ("log", "level"): "debug",
     ("server", "relay_upstream"): "other",
 }
@@ -150,9 +152,27 @@ def test_every_key_can_be_set_from_the_environment(section, key):
         "KEY_SECRET": SECRET,
         "GATEWAY_UPSTREAMS": json.dumps([OPENAI | {"name": "other"}]),
     }
+    if key.startswith("tls_"):
+        environ = {"GATEWAY_REDIS_URL": "rediss://localhost", "GATEWAY_REDIS_TLS_CERT_FILE": "cert.pem", **environ}
     changed = getattr(getattr(load(None, environ).config, section), key)
     assert changed != getattr(getattr(Config(), section), key)
     assert changed == (type(changed)(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("listen", "address"),
+    [
+        ("", None), ("127.0.0.1:9090", ("127.0.0.1", 9090)), ("localhost:0", ("localhost", 0)), ("[::1]:9", ("::1", 9)),
+    ],
+)  # fmt: skip
+def test_the_address_of_operators_is_a_host_and_a_port(listen, address):
+    assert load(None, {"GATEWAY_ADMIN_LISTEN": listen}).config.admin.address == address
+
+
+@pytest.mark.parametrize("listen", ["9090", ":9090", "a b:1", "host:", "host:65536", "::1:9090", "http://host:1", "h:1/x"])
+def test_an_address_that_is_none_is_refused(listen):
+    (problem,) = problems_of(environ={"GATEWAY_ADMIN_LISTEN": listen})
+    assert problem.startswith("admin.listen: must be a host and a port")
 
 
 def test_no_two_keys_share_a_variable():
@@ -367,6 +387,7 @@ def test_each_key_of_an_upstream_is_a_secret_that_must_be_there():
         f"redis//:{SECRET}@host", f"http://:{SECRET}@host", f"redis://:p#{SECRET}@host", f"redis://:p/{SECRET}@host",
         f"redis://:1/{SECRET}@host:6379", f"redis://u:1?{SECRET}@host", f"redis://:{SECRET}@host:port",
         f"redis://:[{SECRET}@host", f"redis://:\uff1a{SECRET}\u2100@host",
+        f"redis+sentinel://:{SECRET}/x@host/main", f"redis+sentinel://:{SECRET}@host", f"redis+sentinel://host:x{SECRET}/main",
     ],
 )  # fmt: skip
 def test_a_redis_url_that_does_not_parse_is_a_problem_that_does_not_show_it(url):
@@ -376,12 +397,28 @@ def test_a_redis_url_that_does_not_parse_is_a_problem_that_does_not_show_it(url)
 
 
 @pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"tls_ca_file": "ca.pem"}, "redis.tls_ca_file: without rediss"),
+        ({"url": "redis://host", "tls_verify": "none"}, "redis.tls_verify: without rediss"),
+        ({"url": "redis+sentinel://host/main", "tls_server_name": "x"}, "redis.tls_server_name: without rediss"),
+        ({"url": "rediss://host", "tls_key_file": "key.pem"}, "redis.tls_key_file: a key needs a certificate"),
+        ({"url": "redis+sentinel://host/main", "cluster": True}, "redis.cluster: a cluster has no sentinels"),
+    ],
+)
+def test_settings_of_redis_that_do_not_go_together_are_a_problem(settings, problem):
+    assert problem in "\n".join(problems_of(flags={"redis": settings}))
+
+
+@pytest.mark.parametrize(
     ("url", "shown"),
     [
         ("embedded", "embedded"),
         (f"redis://me:{SECRET}@host:6380/1?ssl_keyfile_password={SECRET}", "redis://host:6380/1"),
         (f"rediss://:{SECRET}@[::1]", "rediss://[::1]"),
         (f"unix://me:{SECRET}@/run/redis.sock?db=1", "unix:///run/redis.sock"),
+        (f"redis+sentinel://me:{SECRET}@a,b:1/main?sentinel_password={SECRET}", "redis+sentinel://a:26379,b:1/main"),
+        (f"rediss+sentinel://:{SECRET}@[::1]:2/main/3", "rediss+sentinel://[::1]:2/main"),
     ],
 )
 def test_a_redis_url_is_shown_without_credentials(url, shown):

@@ -84,6 +84,17 @@ async def test_it_listens_on_a_socket_of_ours_only_and_leaves_nothing_behind():
     assert not socket.parent.exists()
 
 
+async def test_it_is_told_nothing_of_our_environment_which_holds_secrets(short, monkeypatch):
+    real = server_binary()
+    (told := short / "server").write_text(f'#!/bin/sh\n/usr/bin/env > {short}/told\nexec {real} "$@"\n')
+    told.chmod(0o700)
+    monkeypatch.setattr(embedded, "server_binary", lambda: told)
+    monkeypatch.setenv("SOME_KEY", "sk-0123456789")
+    async with EmbeddedServer(None, BYTES):
+        assert "PWD=" in (environ := (short / "told").read_text())
+        assert "sk-0123456789" not in environ
+
+
 async def test_what_has_no_life_is_never_evicted_and_all_else_may_be():
     async with EmbeddedServer(None, 8_000_000) as server:
         await ask(server, "SET", "secret", "s")

@@ -1,6 +1,7 @@
 """Interleavings of readers, pump and store: no sockets, no sleeps; the test's hand is the upstream."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,10 +10,21 @@ from fakes import FakeClock, FakeStore
 from scripted import USAGE, chunk
 
 from gateway.core.apis import CHAT
+from gateway.core.content import Trace
 from gateway.core.controls import Controls
 from gateway.core.pacing import Pace
 from gateway.core.policy import Directives
-from gateway.errors import NotCached, ShuttingDown, UpstreamBroke, UpstreamRefused, UpstreamReported
+from gateway.core.stream_id import Cursor
+from gateway.errors import (
+    NotCached,
+    ShuttingDown,
+    StreamDiverged,
+    UpstreamBroke,
+    UpstreamRefused,
+    UpstreamReported,
+    UpstreamTimeout,
+)
+from gateway.flight import Failed, Flight
 from gateway.questions import Request
 from gateway.reader import FlightReader, RecordingReader
 from gateway.service import Opened
@@ -299,6 +311,51 @@ async def test_a_broken_store_is_nobodys_fault(bench):
     await bench.landed()
 
 
+def _take_away(bench: Bench) -> None:
+    bench.store.broken = True
+    bench.store.available = bench.store.is_writable = False
+
+
+async def test_nothing_is_made_for_a_store_that_takes_nothing(bench):
+    _take_away(bench)
+    opened = await bench.open()
+    await bench.asked()
+    bench.upstream.say(HELLO, STOP, DONE)
+    bench.upstream.end()
+    assert b"Hello" in await read_all(opened)
+    await bench.landed()
+    assert isinstance(opened.reader, FlightReader)
+    assert opened.reader.flight.recording is None
+    assert await opened.reader.outcome(IDLE_S) == (False, "store-unavailable")
+
+
+async def test_what_was_not_assembled_as_it_came_is_whole_for_who_wants_it_so(bench):
+    _take_away(bench)
+    stream = await bench.open()
+    await bench.asked()
+    bench.upstream.say(OPENING, HELLO)
+    whole = await bench.open(stream=False)
+    assert whole.disposition.kind == "collapsed"
+    bench.upstream.say(WORLD, STOP, TAIL, DONE)
+    assert b"Hello world" in await whole.reader.whole()
+    assert b"world" in await read_all(stream)
+
+
+async def test_a_store_that_is_back_by_the_end_gets_what_began_without_it(bench):
+    _take_away(bench)
+    opened = await bench.open()
+    await bench.asked()
+    bench.upstream.say(OPENING, HELLO, WORLD)
+    bench.store.broken = False
+    bench.store.available = bench.store.is_writable = True
+    bench.upstream.say(STOP, DONE)
+    bench.upstream.end()
+    await read_all(opened)
+    await bench.landed()
+    [recording] = bench.store.recordings.values()
+    assert b"Hello world" in recording.body
+
+
 async def test_closing_tells_every_reader(bench):
     opened, whole = await bench.open(), await bench.open(stream=False)
     await bench.asked()
@@ -335,7 +392,6 @@ async def test_a_whole_answer_is_assembled_once_for_all_who_want_it(bench):
     bench.upstream.say(OPENING, HELLO, WORLD, STOP, TAIL, DONE)
     bodies = await asyncio.gather(*(opened.reader.whole() for opened in readers))
     assert bodies[0] is bodies[1] is bodies[2]
-    assert isinstance(readers[0].reader, FlightReader)
     assert b"Hello world" in bodies[0]
 
 
@@ -384,3 +440,41 @@ async def test_closing_tells_even_those_whose_flight_has_not_yet_begun(bench):
     assert await opened.reader.next(IDLE_S) == b""
     assert isinstance(opened.reader.error, ShuttingDown)
     assert (await bench.open()).disposition.kind == "miss"
+
+
+# Where a stream goes on
+
+
+def a_flight_that_failed(*texts: str, runs: int = 1) -> Flight:
+    """Its last run broke off when it had said that."""
+    flight = Flight(CHAT, None, "run-0", started_at=0.0, max_bytes=1 << 20)
+    flight.land_head({})
+    flight.copy([b"data: %s\n\n" % json.dumps(chunk({"content": text})).encode() for text in texts], [0] * len(texts))
+    flight.runs = [(f"run-{number}", 0) for number in range(runs)]
+    flight.close(Failed(UpstreamTimeout("It has fallen silent.")))
+    return flight
+
+
+def seen(*texts: str) -> str:
+    trace = Trace()
+    for text in texts:
+        trace.add(chunk({"content": text}))
+    return trace.position()
+
+
+@pytest.mark.parametrize(
+    ("runs", "cursor"),
+    [(1, Cursor(7)), (2, Cursor(7, seen("Hello wor"))), (2, Cursor(7))],
+    ids=["by number", "by content", "by number, in another run"],
+)
+async def test_who_has_seen_more_than_a_run_that_failed_could_say_is_told_why_it_failed(runs, cursor):
+    """That the cursor is wrong, or the runs differ, is not known: the one that goes on did not come so far."""
+    reader = FlightReader(a_flight_that_failed("Hel", runs=runs), usage=False, cursor=cursor, run="run-1")
+    with pytest.raises(UpstreamTimeout):
+        await reader.head(None)
+
+
+async def test_who_has_seen_something_else_than_a_run_that_failed_is_told_that():
+    reader = FlightReader(a_flight_that_failed("Help me", runs=2), usage=False, cursor=Cursor(7, seen("Hello")), run="run-0")
+    with pytest.raises(StreamDiverged):
+        await reader.head(None)

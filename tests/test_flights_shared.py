@@ -1,7 +1,9 @@
 """Several replicas on one store, interleaved by hand: no sockets, no sleeps. Leases end when the test says so."""
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from unittest.mock import AsyncMock
@@ -315,6 +317,26 @@ async def test_what_lands_between_a_lookup_and_its_claim_is_a_hit(replicas):
     assert late.disposition.kind == "hit"
     assert await whole_stream(late) == stream
     assert replicas.calls == [1, 0, 0]
+
+
+async def test_nothing_is_kept_of_a_flight_whose_answer_had_landed_before_it_began(replicas):
+    """Its reader goes on to what is stored when the flight is over already."""
+    a, b, _ = replicas.start()
+    await a.open()
+    await a.asked()
+    b.store.claim_gate = asyncio.Event()
+    asking = asyncio.ensure_future(b.open())
+    await come(lambda: b.store.claims)
+    a.upstream.say(HELLO, STOP, DONE)
+    await come(lambda: replicas.store.recordings)
+    [flight] = b.flights._tasks
+    flight = weakref.ref(flight)
+    b.store.claim_gate.set()
+    b.leave(await asking)
+    await replicas.landed()
+    await some_turns()
+    gc.collect()
+    assert flight() is None
 
 
 async def test_all_who_wait_for_a_claim_get_what_has_landed(replicas):
@@ -1175,6 +1197,29 @@ async def test_a_store_that_is_away_at_the_end_costs_the_recording_and_nothing_e
     await replicas.landed()
     a.store.broken = not comes_back
     assert (await a.open()).disposition.kind in {"hit", "collapsed", "miss"}
+
+
+async def test_nobody_waits_for_the_rest_of_what_ended_while_the_store_was_away(replicas, monkeypatch):
+    """Though its lease still holds by then: who held it says that it is over."""
+    monkeypatch.setattr("gateway.sharing._AGAIN_S", 0.01)
+    a, b, _ = replicas.start()
+    first = await a.open()
+    await a.asked()
+    a.upstream.say(OPENING)
+    await come(lambda: replicas.log(first).count == 1)
+    a.store.broken = True
+    a.upstream.say(HELLO, STOP, DONE)
+    a.upstream.end()
+    assert text_of(await read_all(first)) == "Hello"
+    await replicas.landed()
+    assert replicas.store.now
+    a.store.broken = False
+    await come(lambda: not replicas.store.now)
+    second = await b.open()
+    await b.asked()
+    b.upstream.say(WORLD, STOP, DONE)
+    b.upstream.end()
+    assert text_of(await read_all(second)) == " world"
 
 
 async def test_a_flight_that_began_while_the_store_was_away_is_shared_when_it_is_back(replicas):

@@ -248,8 +248,10 @@ async def test_a_credential_that_no_upstream_can_take_is_refused(gateway, upstre
 
 async def test_nothing_of_a_request_that_cannot_be_parsed_is_in_the_log(gateway, caplog):
     caplog.set_level("DEBUG")
-    for line in (b"Authorization: Bearer sk-secret\0", b"Authorization: Bearer " + b"sk-secret" * 1000):
-        assert (await send_line(gateway, "GET", "/", line)).startswith(b"HTTP/1.0 400 ")
+    for line, status in ((b"Authorization: sk-secret\0", b"400"), (b"Authorization: " + b"sk-secret" * 1000, b"431")):
+        answer = await send_line(gateway, "GET", "/", line)
+        assert answer.startswith(b"HTTP/1.0 " + status)
+        assert b"sk-secret" not in answer
     assert "sk-secret" not in caplog.text
     assert "Traceback" not in caplog.text
     assert "Error handling request from 127.0.0.1: BadHttpMessage" in caplog.text
@@ -489,10 +491,12 @@ async def test_no_other_path_is_relayed_with_the_gateways_own_key(keyed, upstrea
     assert not upstream.asked
 
 
-async def test_an_escape_in_a_path_is_not_undone_on_the_way(keyed, upstream):
-    """What is harmless here must not become a way out of the allowed path there."""
-    await ask(keyed, "POST", "/v1/embeddings/%252e%252e/files", b"{}", JSON)
-    assert [asked.path for asked in upstream.asked] == ["/v1/embeddings/%252e%252e/files"]
+async def test_an_escape_in_a_path_is_not_undone_on_the_way(gateway, keyed, upstream):
+    """What is harmless here must not become a way out of the allowed path there: with a key of ours it is not passed on."""
+    for each, path in ((gateway, "/v1/embeddings/%252e%252e/files"), (keyed, "/v1/embeddings/a%20b")):
+        await ask(each, "POST", path, b"{}", JSON)
+        assert upstream.asked[-1].path == path
+    assert (await ask(keyed, "POST", "/v1/embeddings/%252e%252e/files", b"{}", JSON)).status == 404
 
 
 @pytest.mark.parametrize("line", ["GET files", "GET files/f-1/content", "DELETE files/f-1", "GET files/a%20b%3Fc",

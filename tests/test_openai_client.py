@@ -533,7 +533,7 @@ async def test_models_are_listed_and_found(start_gateway, upstream):
     gateway = await start_gateway(
         upstreams=[
             {"name": "one", **scripted, "models": ["named", "model-*"], "aliases": {"fast": "model-1"}},
-            {"name": "two", **scripted, "models": ["other-*"]},
+            {"name": "two", "kind": "simulated", "models": ["other-*"]},
         ]
     )
     async with AsyncOpenAI(base_url=gateway.base_url, api_key="sk-caller", max_retries=0) as client:

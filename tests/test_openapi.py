@@ -12,13 +12,14 @@ from gateway.errors import (
     InvalidRequest,
     MethodNotAllowed,
     ModelNotFound,
+    TenantOverloaded,
     Unavailable,
     UnsupportedMediaType,
     UpstreamReported,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.http.openapi import document
+from gateway.http.openapi import document, operators_document
 
 DOCUMENT = document("1.2.3")
 MODEL = {"model": "m"}
@@ -114,6 +115,25 @@ def test_the_administration_belongs_to_the_document_only_where_it_is_on():
     assert "admin" not in orjson.dumps(DOCUMENT).decode()
 
 
+def test_metrics_belong_to_the_document_where_they_are_served_and_say_whether_they_need_the_key():
+    for kind, security in (("open", None), ("guarded", [{"admin": []}])):
+        found = document("1.2.3", admin=kind == "guarded", metrics=kind)
+        OpenAPIV31SpecValidator(orjson.loads(orjson.dumps(found))).validate()
+        operation = found["paths"]["/metrics"]["get"]
+        assert operation.get("security") == security
+        assert ("401" in operation["responses"]) is (security is not None)
+    assert "/metrics" not in DOCUMENT["paths"]
+
+
+@pytest.mark.parametrize("admin", [False, True])
+def test_what_operators_are_served_elsewhere_has_a_document_of_its_own(admin):
+    found = operators_document("1.2.3", admin=admin, metrics="open")
+    OpenAPIV31SpecValidator(orjson.loads(orjson.dumps(found))).validate()
+    assert {"/metrics", "/healthz", "/readyz"} <= found["paths"].keys()
+    assert any(path.startswith("/admin/") for path in found["paths"]) is admin
+    assert not any(path.startswith("/v1/") for path in found["paths"])
+
+
 @pytest.mark.parametrize(("api", "body"), BODIES, ids=lambda value: getattr(value, "name", None) or repr(value))
 def test_the_schemas_of_requests_agree_with_what_the_gateway_accepts(api, body):
     name = {"chat": "ChatCompletionRequest", "completions": "CompletionRequest"}[api.name]
@@ -133,7 +153,7 @@ def test_an_answered_operation_has_both_forms_their_headers_and_every_error_of_t
         "X-Request-Id",
     }
     faults = [InvalidRequest, ModelNotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType]
-    faults += [UpstreamUnreachable, Unavailable, UpstreamTimeout]
+    faults += [TenantOverloaded, UpstreamUnreachable, Unavailable, UpstreamTimeout]
     assert {*responses} == {"200", "default"} | {str(fault.status) for fault in faults}
 
 

@@ -29,7 +29,7 @@ def clock():
 
 @pytest.fixture
 def pulse(clock):
-    return Pulse("a", clock, {})
+    return Pulse("a", clock, dict)
 
 
 def ended(pulse, path="/v1/chat/completions", status=200, error=""):
@@ -53,7 +53,7 @@ def test_requests_and_those_that_failed_are_counted(pulse):
 
 def test_what_the_tally_has_is_told_as_well(clock):
     tallied = {"hits": 2.0, "saved_seconds": 5.5}
-    counts = Pulse("a", clock, tallied).report()["counts"]
+    counts = Pulse("a", clock, lambda: tallied).report()["counts"]
     assert (counts["hits"], counts["misses"], "saved_seconds" in counts) == (2, 0, False)
 
 
@@ -177,7 +177,7 @@ async def test_reports_of_long_gone_processes_are_let_go_of_and_odd_ones_are_pas
     store = FakeStore()
     reporter = Reporter(pulse, store)
     for process, age_s in (("idle", 3000.0), ("dead", 4000.0)):
-        other = Pulse(process, clock, {}).report()
+        other = Pulse(process, clock, dict).report()
         await store.report(process, orjson.dumps(other | {"at": clock.now() - age_s}))
     await store.report("odd", b"{")
     await store.report("later", b'{"process": "later"}')

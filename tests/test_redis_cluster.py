@@ -12,32 +12,19 @@ from redis import Redis
 from redis.crc import key_slot
 from running import RedisNodes, RedisServer, next_block
 from scripted import chunk
-from stores import LOG, RECORDING, batch, begun, nothing_unnoticed, until
+from stores import LOG, RECORDING, batch, begun, until
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.core.purge import Purge, Selector
-from gateway.errors import ConfigError, StoreError, StoreUnavailable
+from gateway.errors import ConfigError, StoreError, StoreUnavailable, UnknownCursor
 from gateway.ports import LOG_START, Appended, FlightId, Listed, LogName, Writer
 from gateway.store.redis import RedisStore, connect
 
+pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
+
 KEYS = [CacheKey(f"{number:040x}") for number in range(60)]
 LOGS = [LogName(key, LOG.flight) for key in KEYS]
-
-
-@pytest.fixture(autouse=True)
-async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    with nothing_unnoticed():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared_nodes(shared_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisNodes]:
-    """A cluster for the tests that leave it as it is. (The other fixture knows what to do where there is no server.)"""
-    nodes = RedisNodes(tmp_path_factory.mktemp("nodes"))
-    nodes.start()
-    yield nodes
-    nodes.stop()
 
 
 @pytest.fixture
@@ -76,8 +63,8 @@ def test_the_keys_of_these_tests_are_on_all_nodes():
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
-async def test_lookups_of_one_turn_are_answered_by_all_nodes(shared_nodes, open_store, protocol):
-    store = await open_store(shared_nodes, protocol=protocol, prefix=f"p{protocol}")
+async def test_lookups_of_one_turn_are_answered_by_all_nodes(redis_cluster, open_store, protocol):
+    store = await open_store(redis_cluster, protocol=protocol, prefix=f"p{protocol}")
     assert await asyncio.gather(*(store.store(key, begun(0, key.encode())) for key in KEYS[::2])) == [True] * 30
     for patient in (False, True):
         found = await asyncio.gather(*(store.lookup(key, "whole", patient=patient) for key in KEYS))
@@ -87,8 +74,8 @@ async def test_lookups_of_one_turn_are_answered_by_all_nodes(shared_nodes, open_
     assert await asyncio.gather(*(store.lookup(key, "stream") for key in KEYS)) == [None] * 60
 
 
-async def test_appends_of_one_go_are_written_by_all_nodes(shared_nodes, open_store):
-    store = await open_store(shared_nodes, prefix="appends")
+async def test_appends_of_one_go_are_written_by_all_nodes(redis_cluster, open_store):
+    store = await open_store(redis_cluster, prefix="appends")
     writer = Writer(store.replica, "00000001")
     assert await store.append([batch(writer, 0, "ab", log=log) for log in LOGS]) == [Appended(2)] * 60
     assert await store.append([batch(writer, 2, "c", log=log) for log in LOGS]) == [Appended(3)] * 60
@@ -96,14 +83,14 @@ async def test_appends_of_one_go_are_written_by_all_nodes(shared_nodes, open_sto
     assert [page.cursor for page in pages] == ["3-1"] * 60
 
 
-async def test_stores_that_know_other_nodes_agree_on_the_secret(shared_nodes, open_store):
-    stores = [await open_store(shared_nodes, number, prefix="secret") for number in range(3)]
+async def test_stores_that_know_other_nodes_agree_on_the_secret(redis_cluster, open_store):
+    stores = [await open_store(redis_cluster, number, prefix="secret") for number in range(3)]
     assert len({store.secret for store in stores}) == 1
     assert all(store.available for store in stores)
 
 
-async def test_the_bell_rings_for_logs_on_all_nodes(shared_nodes, open_store):
-    writes, listens = await open_store(shared_nodes, 0, prefix="bell"), await open_store(shared_nodes, 1, prefix="bell")
+async def test_the_bell_rings_for_logs_on_all_nodes(redis_cluster, open_store):
+    writes, listens = await open_store(redis_cluster, 0, prefix="bell"), await open_store(redis_cluster, 1, prefix="bell")
     writer, rung, told = Writer(writes.replica, "00000001"), [], []
     writes.on_called(told.append)
     logs = [next(log for log in LOGS if node_of(f"bell:{{{log.key}}}:rec") == number) for number in range(3)]
@@ -178,17 +165,17 @@ async def test_a_node_that_dies_takes_only_its_own_keys_along(own_nodes, open_st
     assert not any(record.exc_info for record in caplog.records)
 
 
-async def test_who_has_the_slots_of_a_node_that_hangs_is_asked_again(shared_nodes, open_store):
+async def test_who_has_the_slots_of_a_node_that_hangs_is_asked_again(redis_cluster, open_store):
     """One that is frozen breaks no connection, and by now another one may have taken its place."""
-    store = await open_store(shared_nodes)
+    store = await open_store(redis_cluster)
     key = KEYS[0]
-    frozen = shared_nodes._processes[home(key)]
+    frozen = redis_cluster._processes[home(key)]
     frozen.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await store._server.wire.send([("EXISTS", store._keys.recording(key))])
-        assert store._server.wire._failed.endswith(f":{shared_nodes.ports[home(key)]}")
+        assert store._server.wire._failed.endswith(f":{redis_cluster.ports[home(key)]}")
     finally:
         frozen.send_signal(signal.SIGCONT)
 
@@ -234,9 +221,9 @@ async def listed_from(store: RedisStore, cursor: str) -> list[Listed]:
 
 @pytest.mark.usefixtures("small_pages")
 @pytest.mark.parametrize("protocol", [2, 3])
-async def test_pages_list_what_is_on_all_nodes(shared_nodes, open_store, protocol):
-    store = await open_store(shared_nodes, protocol=protocol, prefix=f"pages{protocol}")
-    other = await open_store(shared_nodes, prefix=f"pages{protocol}:x")
+async def test_pages_list_what_is_on_all_nodes(redis_cluster, open_store, protocol):
+    store = await open_store(redis_cluster, protocol=protocol, prefix=f"pages{protocol}")
+    other = await open_store(redis_cluster, prefix=f"pages{protocol}:x")
     await asyncio.gather(*(store.store(key, RECORDING) for key in KEYS), other.store(KEYS[0], RECORDING))
     listed = await listed_from(store, "")
     assert sorted(each.key for each in listed) == KEYS
@@ -248,43 +235,50 @@ async def test_pages_list_what_is_on_all_nodes(shared_nodes, open_store, protoco
     assert [each.key for each in await listed_from(other, "")] == KEYS[:1]
 
 
+@pytest.mark.parametrize("cursor", ["5", "16384-0--", "a-1--", "1-2"])
+async def test_a_cursor_that_no_cluster_gives_is_refused_as_such(redis_cluster, open_store, cursor):
+    store = await open_store(redis_cluster)
+    with pytest.raises(UnknownCursor):
+        await store.page(cursor)
+
+
 @pytest.mark.usefixtures("small_pages")
-async def test_pages_miss_nothing_though_slots_move_from_node_to_node(shared_nodes, open_store):
+async def test_pages_miss_nothing_though_slots_move_from_node_to_node(redis_cluster, open_store):
     """The client is not told: it learns only of slots that it asks for."""
-    store = await open_store(shared_nodes, prefix="moving")
+    store = await open_store(redis_cluster, prefix="moving")
     await asyncio.gather(*(store.store(key, RECORDING) for key in KEYS))
     first, last = ([key for key in KEYS if home(key) == node] for node in (0, 2))
     moved = [key_slot(f"{{{key}}}".encode()) for key in (first[0], last[0], last[1])]
     seen, cursor = await store.page()
     try:
-        move_slot(shared_nodes, moved[0], 0, 1)  # out of what is being scanned
+        move_slot(redis_cluster, moved[0], 0, 1)  # out of what is being scanned
         while not cursor.startswith("5461-"):
             more, cursor = await store.page(cursor)
             seen += more
-        move_slot(shared_nodes, moved[1], 2, 0)  # to where it is all done
-        move_slot(shared_nodes, moved[2], 2, 1)  # to where it is being done
+        move_slot(redis_cluster, moved[1], 2, 0)  # to where it is all done
+        move_slot(redis_cluster, moved[2], 2, 1)  # to where it is being done
         seen += await listed_from(store, cursor)
         assert {each.key for each in seen} == set(KEYS)
         # From its beginning, with all slots where they are now.
         assert {each.key for each in await listed_from(store, "")} == set(KEYS)
     finally:
         for slot, node, back in zip(moved, (1, 0, 1), (0, 2, 2), strict=True):
-            move_slot(shared_nodes, slot, node, back)
+            move_slot(redis_cluster, slot, node, back)
 
 
 @pytest.mark.usefixtures("small_pages")
-async def test_a_node_in_anothers_place_is_scanned_from_its_beginning(shared_nodes, open_store):
+async def test_a_node_in_anothers_place_is_scanned_from_its_beginning(redis_cluster, open_store):
     """A cursor says where a node is in a table of its own."""
-    store = await open_store(shared_nodes, prefix="place")
+    store = await open_store(redis_cluster, prefix="place")
     await asyncio.gather(*(store.store(key, RECORDING) for key in KEYS))
     for cursor in (f"0-5460-{'a' * 40}-7", f"0-16383-{'a' * 40}-7"):
         assert {each.key for each in await listed_from(store, cursor)} == set(KEYS)
-    with pytest.raises(StoreUnavailable, match="nobody has slot"):
+    with pytest.raises(UnknownCursor):
         await store.page(f"16384-16384-{'a' * 40}-7")
 
 
-async def test_purges_counters_and_recent_keys_are_shared_by_stores_that_know_other_nodes(shared_nodes, open_store):
-    stores = [await open_store(shared_nodes, number, prefix="shared", protocol=2 + number % 2) for number in range(3)]
+async def test_purges_counters_and_recent_keys_are_shared_by_stores_that_know_other_nodes(redis_cluster, open_store):
+    stores = [await open_store(redis_cluster, number, prefix="shared", protocol=2 + number % 2) for number in range(3)]
     for number, store in enumerate(stores):
         await store.mark(Purge(number, Selector()), life_s=60)
         await store.count({"hits": 1})
@@ -330,9 +324,9 @@ async def test_a_url_that_cannot_be_that_of_a_cluster_is_a_wrong_configuration(u
 
 
 async def test_replicas_on_a_cluster_share_one_call_and_all_keys_of_it_are_in_one_slot(
-    shared_nodes, start_gateway, upstream
+    redis_cluster, start_gateway, upstream
 ):
-    redis = {"url": shared_nodes.url, "cluster": True, "prefix": "replicas"}
+    redis = {"url": redis_cluster.url, "cluster": True, "prefix": "replicas"}
     one, two = [await start_gateway(redis=redis) for _ in range(2)]
 
     async def say_half(asked):
@@ -346,7 +340,7 @@ async def test_replicas_on_a_cluster_share_one_call_and_all_keys_of_it_are_in_on
     async with one.opened(stream=True) as first, two.opened(stream=True) as second:
         assert "half" in await next_block(first)
         assert "half" in await next_block(second)
-        clients = [Redis(port=port) for port in shared_nodes.ports]
+        clients = [Redis(port=port) for port in redis_cluster.ports]
         names = [name for client in clients for name in client.keys("replicas:{*")]
         for client in clients:
             client.close()
@@ -358,3 +352,49 @@ async def test_replicas_on_a_cluster_share_one_call_and_all_keys_of_it_are_in_on
     async with two.session.get(f"{two.base_url}/streams/{stream_id}?after=1") as rest:
         assert (await rest.read()).count(b"data: ") == 2
     assert len(upstream.asked) == 1
+
+
+async def test_callers_do_not_notice_that_slots_move_under_them(own_nodes, start_gateway, upstream, monkeypatch, caplog):
+    """While it is looked up, streamed and stored, with the keys on both sides of a move that is not done."""
+    monkeypatch.setattr("gateway.flights._LINGER_S", 0.0)
+    gateway = await start_gateway(redis={"url": own_nodes.url, "cluster": True, "prefix": "moved"})
+    clients = [Redis(port=port) for port in own_nodes.ports]
+
+    def place() -> tuple[int, int]:
+        """The slot of all that is stored, and who has it."""
+        [(slot, node)] = {
+            (key_slot(name), node) for node, client in enumerate(clients) for name in client.keys("moved:{*}:*")
+        }
+        return slot, node
+
+    async def say_hello(asked):
+        await asked.head()
+        await asked.event(chunk({"role": "assistant", "content": "Hello"}))
+        await asked.gate("middle")
+        await asked.event(chunk({}, "stop"))
+        await asked.done()
+
+    upstream.script = say_hello
+    asking = asyncio.create_task(gateway.chat(stream=True))
+    await upstream.gate("middle").reached.wait()
+    await until(lambda: any(client.keys("moved:{*}:log:*") for client in clients))
+    slot, source = place()
+    target = (source + 1) % 3
+    move_slot(own_nodes, slot, source, target, finish=False)
+    upstream.gate("middle").released.set()
+    assert (await asking).events[-1] == "[DONE]"
+    await gateway.landed()
+    # With keys on both sides no script runs, so it was not stored.
+    for stream in (True, False):
+        assert (await gateway.chat(stream=stream)).status == 200
+    await gateway.landed()
+    move_slot(own_nodes, slot, source, target)
+    async with asyncio.timeout(10):
+        for stream in (True, False):
+            while "; hit" not in (answer := await gateway.chat(stream=stream)).cache_status:
+                assert answer.status == 200
+                await gateway.landed()
+    assert place() == (slot, target)
+    assert not [record for record in caplog.records if "without the cache" in record.getMessage()]
+    for client in clients:
+        client.close()

@@ -6,14 +6,14 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from scripted import chunk
-from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, nothing_unnoticed, until
+from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, until
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
@@ -22,13 +22,9 @@ from gateway.ports import LOG_START, Appended, LogName, Writer
 from gateway.store.client import Single
 from gateway.store.redis import RedisStore, connect
 
+pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
+
 Open = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    with nothing_unnoticed():
-        yield
 
 
 @pytest.fixture
@@ -46,55 +42,6 @@ async def open_store() -> AsyncIterator[Open]:
 async def admin(own_redis) -> AsyncIterator[Redis]:
     async with Redis.from_url(own_redis.url) as client:
         yield client
-
-
-class Proxy:
-    """Stands between the store and a server, and takes its time with answers."""
-
-    def __init__(self) -> None:
-        self.delay_s = 0.0
-        self.connections = 0
-        self.asked = b""
-        self.url = ""
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
-
-    async def start(self, socket: str) -> None:
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self.connections += 1
-            theirs, ours = await asyncio.open_unix_connection(socket)
-            for task in (self._ask(reader, ours), self._answer(theirs, writer)):
-                self._tasks.add(asyncio.create_task(task))
-
-        self._server = await asyncio.start_server(connected, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer):
-            while data := await reader.read(65536):
-                self.asked += data
-                writer.write(data)
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer):
-            while data := await reader.read(65536):
-                await asyncio.sleep(self.delay_s)
-                writer.write(data)
-
-    async def stop(self) -> None:
-        assert self._server
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-@pytest.fixture
-async def proxy(own_redis, no_task_is_left: None) -> AsyncIterator[Proxy]:
-    proxy = Proxy()
-    await proxy.start(own_redis.url.removeprefix("unix://"))
-    yield proxy
-    await proxy.stop()
 
 
 def kill(server: Any) -> None:
@@ -496,6 +443,36 @@ async def test_a_server_that_refuses_writes_is_still_read(own_redis, admin, open
     assert (await store.lookup(KEY, "whole")).body == RECORDING.body
     assert len(warnings(caplog)) == 1
     assert "refuses" in caplog.text
+
+
+@pytest.mark.parametrize("refuse_writes", [read_only, full, forbidden])
+async def test_a_server_that_refuses_writes_is_left_alone_with_them_for_a_moment(
+    own_redis, admin, open_store, refuse_writes
+):
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    assert store.is_writable
+    await refuse_writes(admin)
+    with pytest.raises(StoreUnavailable):
+        await store.store(KEY, begun(1, b"{}"))
+    assert not store.is_writable
+    for call in (store.store(KEY, RECORDING), store.claim(LOG, Writer(store.replica, "00000001"))):
+        with pytest.raises(StoreUnavailable, match="refuses"):
+            call.send(None)
+    await admin.replicaof("NO", "ONE")
+    await admin.config_set("maxmemory", 0)
+    await admin.execute_command("ACL", "SETUSER", "default", "+hset")
+    await until(lambda: store.is_writable)
+    await store.store(KEY, begun(2, b"{}"))
+    assert store.is_writable
+
+
+async def test_a_secret_of_another_type_is_replaced(own_redis, admin, open_store, caplog):
+    await admin.lpush("gw:secret", "of another type")
+    store = await open_store(own_redis.url)
+    assert store.available
+    assert await admin.get("gw:secret") == store.secret
+    assert len(warnings(caplog)) == 1
 
 
 async def test_a_replica_that_takes_no_secret_is_read_under_the_one_it_has(own_redis, admin, open_store):

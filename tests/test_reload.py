@@ -190,6 +190,8 @@ async def test_what_is_wrong_is_refused_as_a_whole_and_everything_stays_as_it_wa
         ("log", "level", "debug", True),
         ("log", "access", False, False),
         ("flights", "lease_s", 2.0, False),
+        ("limits", "max_streams", 5, True),
+        ("limits", "max_connections", 5, True),
         ("retries", "max_retries", 5, True),
         ("ejection", "min_calls", 77, True),
         ("server", "port", 1, False),

@@ -4,13 +4,12 @@ import asyncio
 import struct
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from redis.asyncio.connection import AbstractConnection
-from running import RedisServer
 from stores import (
     KEY,
     META,
@@ -18,11 +17,7 @@ from stores import (
     Backend,
     begun,
     commands_about,
-    embedded_server,
     large,
-    nothing_unnoticed,
-    on_fakeredis,
-    on_server,
 )
 
 from gateway.config import RedisConfig
@@ -32,31 +27,7 @@ from gateway.errors import ConfigError, StoreCorrupt, StoreUnavailable
 from gateway.store.client import FEWEST_CONNECTIONS
 from gateway.store.redis import connect
 
-
-@pytest.fixture(autouse=True)
-async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    with nothing_unnoticed():
-        yield
-
-
-@pytest.fixture(scope="session")
-def embedded_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with embedded_server(tmp_path_factory) as server:
-        yield server
-
-
-@pytest.fixture(params=["shared_redis", "embedded_redis"])
-async def server(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """Those that are servers of their own."""
-    async with on_server(request.getfixturevalue(request.param)) as backend:
-        yield backend
-
-
-@pytest.fixture(params=["fakeredis", "shared_redis", "embedded_redis"])
-async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    fake = request.param == "fakeredis"
-    async with on_fakeredis() if fake else on_server(request.getfixturevalue(request.param)) as backend:
-        yield backend
+pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
 
 
 async def gone(backend: Backend, name: str) -> bool:

@@ -3,14 +3,14 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from fakes import FakeStore
 from redis.asyncio import Redis
-from running import RedisNodes, RedisServer
+from running import RedisServer
 from stores import (
     KEY,
     LOG,
@@ -21,12 +21,9 @@ from stores import (
     batch,
     begun,
     commands_about,
-    embedded_server,
     large,
-    nothing_unnoticed,
     of_flight,
-    on_fakeredis,
-    on_server,
+    on_any,
     until,
 )
 
@@ -37,45 +34,13 @@ from gateway.errors import StoreCorrupt, StoreError, StoreUnavailable
 from gateway.ports import LOG_START, FlightId, Listed, LogName, Peeked, Writer
 from gateway.store.redis import RedisStore, connect
 
+pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
+
 BY_THEN = int(META.started_at * 1e6)
 LATER = BY_THEN + 10_000_000
 KEYS = [CacheKey(f"{number:040x}") for number in range(450)]
 CURRENT = FlightId("")
 ASKED = b'{"api":"chat","body":{"model":"model-1"}}'
-
-
-@pytest.fixture(autouse=True)
-async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    with nothing_unnoticed():
-        yield
-
-
-@pytest.fixture(scope="session")
-def embedded_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with embedded_server(tmp_path_factory) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def redis_cluster(shared_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisNodes]:
-    nodes = RedisNodes(tmp_path_factory.mktemp("nodes"))
-    nodes.start()
-    yield nodes
-    nodes.stop()
-
-
-@pytest.fixture(params=["shared_redis", "embedded_redis"])
-async def server(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """Those that can be watched."""
-    async with on_server(request.getfixturevalue(request.param)) as backend:
-        yield backend
-
-
-@pytest.fixture(params=["fakeredis", "shared_redis", "embedded_redis", "redis_cluster"])
-async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    fake = request.param == "fakeredis"
-    async with on_fakeredis() if fake else on_server(request.getfixturevalue(request.param)) as backend:
-        yield backend
 
 
 @pytest.fixture(params=["fake", "fakeredis", "shared_redis", "embedded_redis", "redis_cluster"])
@@ -84,8 +49,7 @@ async def stores(request: pytest.FixtureRequest) -> AsyncIterator[list[Any]]:
     if request.param == "fake":
         yield [(one := FakeStore()), one.replica_of("b")]
         return
-    fake = request.param == "fakeredis"
-    async with on_fakeredis() if fake else on_server(request.getfixturevalue(request.param)) as backend:
+    async with on_any(request) as backend:
         yield [await backend.store(), await backend.store()]
 
 

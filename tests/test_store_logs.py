@@ -2,13 +2,13 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from redis.asyncio.connection import AbstractConnection
-from running import RedisNodes, RedisServer
 from stores import (
     KEY,
     LOG,
@@ -18,12 +18,8 @@ from stores import (
     batch,
     begun,
     commands_about,
-    embedded_server,
     frame,
-    nothing_unnoticed,
     of_flight,
-    on_fakeredis,
-    on_server,
     until,
 )
 
@@ -31,43 +27,11 @@ from gateway.errors import StoreCorrupt, StoreFenced, StoreUnavailable
 from gateway.ports import LOG_START, Appended, Claimed, Entry, FlightId, LogName, Page, Peeked, Writer
 from gateway.store.redis import RedisStore
 
+pytestmark = pytest.mark.usefixtures("nothing_goes_wrong_unnoticed")
+
 FOLLOWS = Claimed(follow=LOG.flight)
 LEADS = Claimed()
 LANDED = Claimed(landed=True)
-
-
-@pytest.fixture(autouse=True)
-async def nothing_goes_wrong_unnoticed(no_task_is_left: None) -> AsyncIterator[None]:
-    with nothing_unnoticed():
-        yield
-
-
-@pytest.fixture(scope="session")
-def embedded_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with embedded_server(tmp_path_factory) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def redis_cluster(shared_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisNodes]:
-    nodes = RedisNodes(tmp_path_factory.mktemp("nodes"))
-    nodes.start()
-    yield nodes
-    nodes.stop()
-
-
-@pytest.fixture(params=["shared_redis", "embedded_redis"])
-async def server(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """Those that can be watched."""
-    async with on_server(request.getfixturevalue(request.param)) as backend:
-        yield backend
-
-
-@pytest.fixture(params=["fakeredis", "shared_redis", "embedded_redis", "redis_cluster"])
-async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    fake = request.param == "fakeredis"
-    async with on_fakeredis() if fake else on_server(request.getfixturevalue(request.param)) as backend:
-        yield backend
 
 
 def writer_of(store: RedisStore, run: str = "00000001") -> Writer:
@@ -1012,13 +976,22 @@ async def test_a_server_that_has_forgotten_the_scripts_takes_a_whole_batch_of_ap
     assert text(await everything(store, logs[4])) == "ab"
 
 
-async def test_a_key_of_another_type_is_corrupt_and_no_reason_to_give_the_store_up(backend):
-    store = await backend.store()
-    await backend.raw.set(backend.key("log", LOG), "no stream")
-    for call in (store.read(LOG, LOG_START, readers=0), append(store, batch(writer_of(store), 0, "a")), store.peek(LOG)):
-        with pytest.raises(StoreCorrupt):
-            await call
+@pytest.mark.parametrize("ask", ["read", "append", "peek"])
+async def test_a_key_of_another_type_is_corrupt_and_no_reason_to_give_the_store_up(backend, ask):
+    store, name = await backend.store(), backend.key("log", LOG)
+    asks: dict[str, Any] = {
+        "read": lambda: store.read(LOG, LOG_START, readers=0),
+        "append": lambda: append(store, batch(writer_of(store), 0, "a")),
+        "peek": lambda: store.peek(LOG),
+    }
+    await backend.raw.set(name, "no stream")
+    with pytest.raises(StoreCorrupt):
+        await asks[ask]()
     assert store.available
+    async with asyncio.timeout(5):
+        while await backend.raw.exists(name):
+            await asyncio.sleep(0.005)
+    assert await asks[ask]()
 
 
 async def test_replicas_have_names_of_their_own(backend):
@@ -1033,3 +1006,34 @@ async def test_a_closed_store_refuses_everything(backend):
     for act in OPERATIONS.values():
         with pytest.raises(StoreUnavailable):
             await act(store, writer_of(store))
+
+
+@pytest.mark.parametrize("what", ["lease", "log", "readers", "cancelled"])
+async def test_what_is_of_another_type_under_the_names_of_a_log_is_deleted_and_written_anew(backend, what, caplog):
+    store = await backend.store()
+    writer, name = writer_of(store), backend.key(what, LOG)
+    await append(store, batch(writer, 0, "ab", request=b"asked"))
+    await backend.raw.delete(name)
+    await backend.raw.lpush(name, "of another type")
+    text_then = ""
+    async with asyncio.timeout(5):
+        while text_then != "abc":
+            with suppress(StoreCorrupt, StoreUnavailable):
+                held = (await append(store, batch(writer, 0, "abc", request=b"asked"))).count
+                await append(store, batch(writer, held, "abc"[held:]))
+                text_then = text(await everything(store, readers=1))
+            await asyncio.sleep(0.005)
+    assert await backend.raw.type(name) != b"list"
+    assert len([record for record in caplog.records if "do not load" in record.getMessage()]) <= 1
+
+
+async def test_what_is_of_another_type_in_the_place_of_who_leads_is_deleted(backend):
+    store = await backend.store()
+    await backend.raw.lpush(backend.key("now"), "of another type")
+    claimed = None
+    async with asyncio.timeout(5):
+        while claimed != LEADS:
+            with suppress(StoreCorrupt):
+                claimed = await store.claim(LOG, writer_of(store))
+            await asyncio.sleep(0.005)
+    assert await store.claim(OTHER_LOG, writer_of(store)) == FOLLOWS

@@ -223,7 +223,7 @@ class Meta(NamedTuple):
     flight: str = ""
     """The flight that brought the answer."""
     runs: tuple[tuple[str, int], ...] = ()
-    """The runs that wrote the frames, each with the index of its first: more than one where a log was taken over."""
+    """The runs that wrote the frames, each with the index of its first; none where the one that began the flight did."""
     stale_s: float = 0.0
     """For how long it is kept when it is no longer fresh."""
     owner: str = ""

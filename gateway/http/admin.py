@@ -66,16 +66,16 @@ def add_routes(app: web.Application, admin: Admin, key: Callable[[], str]) -> No
     ]
     allowed: dict[str, list[str]] = {}
     for (method, path, _), handler in zip(_SERVED, served, strict=True):
-        app.router.add_route(method, path, _guarded(handler, key))
+        app.router.add_route(method, path, guarded(handler, key))
         allowed.setdefault(path, []).append(method)
-    app.router.add_get("/admin", _guarded(handlers.root, key))
+    app.router.add_get("/admin", guarded(handlers.root, key))
     allowed["/admin"] = ["GET"]
     # Paths that are not served need the key too: without it, nobody can tell which are.
     for path in ("/admin", "/admin/{rest:.*}"):
-        app.router.add_route("*", path, _guarded(_unserved(allowed), key))
+        app.router.add_route("*", path, guarded(_unserved(allowed), key))
 
 
-def _guarded(handler: Handler, key: Callable[[], str]) -> Handler:
+def guarded(handler: Handler, key: Callable[[], str]) -> Handler:
     """The handler behind the key. What it answers is for no cache."""
 
     async def handle(request: web.Request) -> web.StreamResponse:

@@ -1,7 +1,8 @@
 """Chat completions and completions: read the request, open the answer, write it. One write loop serves every stream."""
 
-import asyncio
-from collections.abc import Awaitable, Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ from gateway.core.apis import Api, RequestProblem
 from gateway.core.controls import NO_CONTROLS, Controls, from_body
 from gateway.core.dialects.openai import END
 from gateway.core.policy import Directives
-from gateway.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, UpstreamRefused
-from gateway.http import fields
+from gateway.errors import InvalidRequest, UnsupportedMediaType, UpstreamRefused
+from gateway.http import body, fields
 from gateway.http.edge import EXCHANGE, Exchange, Handler
+from gateway.http.writing import PIECE_BYTES, patiently, write_whole
 from gateway.ports import GATEWAY_UPSTREAM
 from gateway.questions import CREDENTIAL_HEADERS, Request
 from gateway.reader import Reader
@@ -47,10 +49,6 @@ class Timing:
     """How long an answer that is given whole waits to be told whether it is stored."""
 
 
-class CallerTooSlow(ConnectionResetError):
-    """The caller has not taken what was written for too long."""
-
-
 def handler(api: Api, service: Service, timing: Timing, *, event_ids: bool) -> Handler:
     """The handler of one API's path. ``event_ids``: what holds where a caller does not say."""
 
@@ -64,7 +62,7 @@ def handler(api: Api, service: Service, timing: Timing, *, event_ids: bool) -> H
         try:
             if asked.streamed:
                 return await write_stream(request, opened, exchange, timing)
-            return await _whole(opened, exchange, timing)
+            return await _whole(request, opened, exchange, timing)
         except UpstreamRefused as refusal:
             exchange.cache_status = opened.disposition._replace(status=refusal.status).cache_status()
             raise
@@ -75,16 +73,16 @@ def handler(api: Api, service: Service, timing: Timing, *, event_ids: bool) -> H
 
 
 async def _read(request: web.Request, api: Api, *, event_ids: bool) -> Request:
-    body = await read_json(request)
-    if not isinstance(body, dict):
+    asked = await read_json(request)
+    if not isinstance(asked, dict):
         raise InvalidRequest("The request body must be a JSON object.")
     try:
-        controls = controls_of(request.headers, body)
+        controls = controls_of(request.headers, asked)
     except RequestProblem as problem:
         raise InvalidRequest(str(problem), param=problem.param) from None
     if (wish := request.headers.get("Gateway-Event-Ids")) is not None:
         event_ids = _BOOLEANS.get(wish.strip(), event_ids)
-    return Request(api, body, request.headers, controls, event_ids)
+    return Request(api, asked, request.headers, controls, event_ids)
 
 
 def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Controls:
@@ -105,18 +103,17 @@ def controls_of(headers: CIMultiDictProxy[str], body: dict[str, Any]) -> Control
 
 
 async def read_json(request: web.Request) -> Any:
-    """The parsed body. Raises `UnsupportedMediaType`, `BodyTooLarge` and `InvalidRequest`."""
+    """The parsed body. Raises `UnsupportedMediaType`, and what `body.read` and `InvalidRequest` do."""
     kind = request.headers.get("Content-Type")
     if kind is None and request.method == "QUERY":
         raise InvalidRequest("A QUERY must name the type of its content: application/json (RFC 10008 2).")
     if kind is not None and not is_json(kind):
         raise UnsupportedMediaType(f"The content type must be application/json, not {kind!r}.")
-    try:
-        text = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.") from None
-    except (web.RequestPayloadError, ValueError):
-        raise InvalidRequest("The request body could not be read to its end.") from None
+    return parse_json(await body.read(request))
+
+
+def parse_json(text: bytes) -> Any:
+    """Raises `InvalidRequest`."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -128,15 +125,22 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-async def _whole(opened: Opened, exchange: Exchange, timing: Timing) -> web.Response:
-    body = await opened.reader.whole()
-    kept, why_not = await opened.reader.outcome(timing.stored_within_s)
+async def _whole(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
+    answer = await opened.reader.whole()
+    # Nobody waits twice for a store that does not answer.
+    within_s = 0.0 if opened.disposition.detail == "store-unavailable" else timing.stored_within_s
+    kept, why_not = await opened.reader.outcome(within_s)
     if kept or why_not:
         told = opened.disposition
         opened.disposition = told._replace(stored=bool(kept), detail=why_not or told.detail)
     headers = _headers(opened, exchange, await opened.reader.head(None))
     headers["Content-Type"] = "application/json"
-    return web.Response(body=body, headers=headers)
+    if len(answer) <= PIECE_BYTES:
+        return web.Response(body=answer, headers=headers)
+    response = web.StreamResponse(headers=headers)
+    with _leaving(exchange):
+        await write_whole(request, response, answer, timing.write_timeout_s)
+    return response
 
 
 async def write_stream(request: web.Request, opened: Opened, exchange: Exchange, timing: Timing) -> web.StreamResponse:
@@ -144,33 +148,47 @@ async def write_stream(request: web.Request, opened: Opened, exchange: Exchange,
     reader = opened.reader
     if (stream := reader.at_once()) is not None:
         headers = _headers(opened, exchange, None, streamed=True)
+        exchange.first_token_at = time.perf_counter()
         return web.Response(body=stream + END, headers=headers)
     head = await reader.head(timing.head_after_s)
     if reader.over:
         return web.Response(status=204)
     response = web.StreamResponse(headers=_headers(opened, exchange, head, streamed=True))
+    exchange.running.streams += 1
     try:
-        exchange.head_sent = True
-        await response.prepare(request)
-        if head is None:
-            await response.write(reader.keep_alive)
-        await _write(request, response, reader, timing)
+        with _leaving(exchange):
+            await response.prepare(request)
+            if head is None:
+                await response.write(reader.keep_alive)
+            await _write(request, response, reader, timing)
+            if reader.error:
+                exchange.error = f"{type(reader.error).__name__}: {reader.error.message}"
+    finally:
+        exchange.running.streams -= 1
+    return response
+
+
+@contextmanager
+def _leaving(exchange: Exchange) -> Iterator[None]:
+    """While an answer is written, its caller may leave."""
+    exchange.head_sent = True
+    try:
+        yield
     except ConnectionResetError as error:
         exchange.left = True
         exchange.error = type(error).__name__
-    else:
-        if reader.error:
-            exchange.error = f"{type(reader.error).__name__}: {reader.error.message}"
-    return response
 
 
 async def _write(request: web.Request, response: web.StreamResponse, reader: Reader, timing: Timing) -> None:
     """The one loop that writes streams: what the reader has, comments while it has nothing, then the end."""
+    exchange = request[EXCHANGE]
     while True:
         data = await reader.next(timing.keepalive_s)
+        if data and not exchange.first_token_at:
+            exchange.first_token_at = time.perf_counter()
         if reader.at_end:
             # Clients stop reading at the end event, so it leaves together with the end of the body.
-            await _patiently(request, response.write_eof((data or b"") + reader.end()), timing)
+            await patiently(request, response.write_eof((data or b"") + reader.end()), timing.write_timeout_s)
             return
         await _write_data(request, response, reader.keep_alive if data is None else data, timing)
 
@@ -182,18 +200,7 @@ async def _write_data(request: web.Request, response: web.StreamResponse, data: 
     if len(data) < _SMALL_BYTES and not transport.get_write_buffer_size():
         await response.write(data)  # which cannot wait
     else:
-        await _patiently(request, response.write(data), timing)
-
-
-async def _patiently(request: web.Request, write: Awaitable[None], timing: Timing) -> None:
-    """Waits for a write as long as a caller may take for it. Raises `CallerTooSlow`."""
-    try:
-        async with asyncio.timeout(timing.write_timeout_s):
-            await write
-    except TimeoutError:
-        if request.transport:
-            request.transport.abort()
-        raise CallerTooSlow from None
+        await patiently(request, response.write(data), timing.write_timeout_s)
 
 
 def _headers(

@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -34,11 +35,11 @@ _CLIENT_CLOSED = 499  # nginx's word for a caller who left
 
 
 def _told_in_full(record: logging.LogRecord) -> bool:
-    """Whether the server has failed; of a request that cannot be parsed there is one line, and none of its bytes: a key may
-    be among them.
+    """Whether the server has failed; of a request that cannot be parsed or decoded there is one line, and none of its bytes:
+    a key may be among them.
     """
     error = record.exc_info[1] if record.exc_info else None
-    if not isinstance(error, HttpProcessingError):
+    if not isinstance(error, HttpProcessingError | web.RequestPayloadError):
         return True
     log.info("%s: %s", record.getMessage(), type(error).__name__)
     return False
@@ -53,11 +54,11 @@ class Exchange:
     """What is known of one request while it is served."""
 
     __slots__ = (
-        "began", "cache_status", "caller_id", "closes", "error", "head_sent", "left", "model", "request_id", "running",
-        "upstream",
+        "began", "cache_status", "caller_id", "closes", "error", "first_token_at", "head_sent", "left", "model",
+        "request_id", "running", "upstream",
     )  # fmt: skip
 
-    def __init__(self, request: web.Request, own_id: int, running: "Running") -> None:
+    def __init__(self, request: web.BaseRequest, own_id: int, running: "Running") -> None:
         self.began = time.perf_counter()
         self.running = running
         self.closes = False
@@ -68,6 +69,8 @@ class Exchange:
         self.cache_status = NOT_FORWARDED
         self.model = self.upstream = self.error = ""
         self.left = self.head_sent = False
+        self.first_token_at = 0.0
+        """When the first token of a stream was written, as `began`."""
 
     def take_upstream_id(self, upstream_id: str | None) -> None:
         """The upstream's id of the request serves the caller too, who may have to quote it, unless it chose its own."""
@@ -78,6 +81,7 @@ class Exchange:
         headers = {"X-Request-Id": self.request_id, "Cache-Status": self.cache_status, "Server": "gateway"}
         if self.running.draining:
             self.closes = True
+        if self.closes:
             headers["Connection"] = "close"
         return headers
 
@@ -85,23 +89,46 @@ class Exchange:
 EXCHANGE: web.RequestKey[Exchange] = web.RequestKey("exchange", Exchange)
 
 
+class Connections(Protocol):
+    """Who keeps the connections, and has to know which are in use."""
+
+    def begin(self, transport: asyncio.BaseTransport | None) -> bool:
+        """A request is being served; tells whether it has to be the connection's last one."""
+        ...
+
+    def end(self, transport: asyncio.BaseTransport | None) -> None: ...
+
+
 class Running:
     """How many requests are being served, and whether more are wanted."""
+
+    connections: Connections | None = None
 
     def __init__(self) -> None:
         self.draining = False
         """The process is to end: what comes is served, but whoever can ask another one should."""
         self.over = False
         """The time for that is over: what comes is refused."""
+        self.streams = 0
+        """Those of them that are streams whose head has been sent."""
         self._count = 0
         self._none = asyncio.Event()
         self._none.set()
 
-    def begin(self) -> None:
+    @property
+    def count(self) -> int:
+        """How many requests are being served."""
+        return self._count
+
+    def begin(self, transport: asyncio.BaseTransport | None) -> bool:
+        """Tells whether the request has to be the last one of its connection."""
         self._count += 1
         self._none.clear()
+        return self.connections is not None and self.connections.begin(transport)
 
-    def end(self) -> None:
+    def end(self, transport: asyncio.BaseTransport | None) -> None:
+        if self.connections:
+            self.connections.end(transport)
         self._count -= 1
         if not self._count:
             self._none.set()
@@ -119,7 +146,8 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
     async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         exchange = request[EXCHANGE] = Exchange(request, draw.getrandbits(96), running)
         status, sent = _CLIENT_CLOSED, 0
-        running.begin()
+        transport = request.transport
+        exchange.closes = running.begin(transport)
         try:
             response = await _answer(request, handler, exchange)
             status, sent = (_CLIENT_CLOSED if exchange.left else response.status), _bytes_sent(response)
@@ -127,7 +155,7 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
                 response.force_close()
             return response
         finally:
-            running.end()
+            running.end(transport)
             details = RequestDetails(
                 request_id=exchange.request_id,
                 method=request.method,
@@ -139,6 +167,7 @@ def middleware(sinks: Sequence[Sink], running: Running) -> Middleware:
                 model=exchange.model,
                 upstream=exchange.upstream,
                 error=exchange.error,
+                first_token_s=exchange.first_token_at - exchange.began if exchange.first_token_at else None,
             )
             for sink in sinks:
                 sink(details)
@@ -155,7 +184,7 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
             exchange.cache_status = only_detail(error.detail)
         response = error_response(error, exchange)
     except web.HTTPException as error:
-        response = error_response(_translated(error, request), exchange)
+        response = error_response(translated(error, request), exchange)
     except Exception:  # anything else is a bug: the caller gets an id to quote, the log gets the trace
         log.exception("request %s failed", exchange.request_id)
         if exchange.head_sent and request.transport:
@@ -192,7 +221,7 @@ def error_response(error: GatewayError, exchange: Exchange) -> web.Response:
     return web.json_response(error.body(), status=error.status, headers=headers)
 
 
-def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
+def translated(error: web.HTTPException, request: web.Request) -> GatewayError:
     """aiohttp's own refusals in our words."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         return not_allowed(request, sorted(error.allowed_methods))
@@ -203,6 +232,15 @@ def _translated(error: web.HTTPException, request: web.Request) -> GatewayError:
     refusal = InvalidRequest(error.reason or "The request cannot be read.")
     refusal.status = error.status
     return refusal
+
+
+def refusal(request: web.BaseRequest, error: GatewayError) -> web.Response:
+    """The answer to what never came to a handler, as the middleware would have given it."""
+    exchange = Exchange(request, random.getrandbits(96), Running())  # as above
+    response = error_response(error, exchange)
+    response.headers.update(exchange.headers())
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
 
 
 def not_allowed(request: web.Request, allowed: Sequence[str]) -> MethodNotAllowed:

@@ -1,7 +1,7 @@
 """What is served, as an OpenAPI 3.1 document. It describes the gateway: what only the model reads is passed on as it is."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 Json = dict[str, Any]
 
@@ -11,18 +11,31 @@ _STATUSES = {
     405: "The path is served, but by other methods: `Allow` names them.",
     413: "The request body is too large.",
     415: "The request body is declared as something else than JSON.",
+    429: "The caller has as many streams or calls as one may have at a time, or the upstream refuses more.",
     502: "The upstream cannot be reached, or its answer is no answer.",
-    503: "The queue of the upstream is full, the gateway is shutting down, or the store that is needed cannot be reached.",
+    503: "The gateway or the upstream has all that it can take, the gateway is shutting down, or the store is not reached.",
     504: "The upstream took too long, or `only-if-cached` was asked and the answer is not in the cache.",
 }
 
 
-def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderations"), *, admin: bool = False) -> Json:
+MetricsKind = Literal["", "open", "guarded"]
+"""Whether ``/metrics`` is served, and whether it needs the admin key."""
+
+
+def document(
+    version: str,
+    relay_paths: Iterable[str] = ("embeddings", "moderations"),
+    *,
+    admin: bool = False,
+    metrics: MetricsKind = "",
+) -> Json:
     """The whole document. ``relay_paths`` are the paths below ``/v1`` that are passed on uncached.
 
     ``admin``: whether what is served below ``/admin/`` belongs to it.
     """
     document = _served(version, relay_paths)
+    if metrics:
+        document["paths"]["/metrics"] = {"get": _metrics(metrics)}
     if admin:
         document["paths"] |= _admin_paths()
         document["components"]["schemas"] |= _admin_schemas()
@@ -34,6 +47,16 @@ def document(version: str, relay_paths: Iterable[str] = ("embeddings", "moderati
             "description": "The admin key, which no caller of `/v1` has.",
         }
     return document
+
+
+def operators_document(version: str, *, admin: bool, metrics: MetricsKind) -> Json:
+    """What is served at ``[admin] listen``."""
+    whole = document(version, (), admin=admin, metrics=metrics)
+    paths = {path: item for path, item in whole["paths"].items() if path in _OF_OPERATORS or path.startswith("/admin/")}
+    return whole | {"paths": paths, "security": [{}]}
+
+
+_OF_OPERATORS = ("/healthz", "/readyz", "/metrics", "/openapi.json")
 
 
 def _served(version: str, relay_paths: Iterable[str]) -> Json:
@@ -83,6 +106,9 @@ def _served(version: str, relay_paths: Iterable[str]) -> Json:
 # Operations
 
 
+# Of what RFC 9651 allows, the simple forms: no parameters, no escapes.
+_SF_SECONDS = r"^[0-9]{1,12}(\.[0-9]{1,3})?$"
+_SF_NAME = r"([A-Za-z*][A-Za-z0-9!#$%&'*+.^_`|~:/-]{0,127}|\"[ !#-\[\]-~]{1,128}\")"
 _ANSWER_PARAMETERS = ("CacheControl", "CacheTtl", "CacheNamespace", "CacheTags", "EventIds", "RequestId")
 
 
@@ -123,7 +149,7 @@ def _resumed() -> Json:
                 "description": "Nothing comes after it, or the stream was cancelled.",
                 "headers": _header_refs("X-Request-Id"),
             },
-            **_errors(400, 404, 405, 502, 503, 504),
+            **_errors(400, 404, 405, 429, 502, 503, 504),
             "default": _refusal(),
         },
     }
@@ -136,7 +162,7 @@ def _relayed(path: str) -> Json:
         "parameters": [_ref("parameters", "RequestId")],
         "requestBody": {"required": True, "content": {"*/*": {}}},
         "responses": {
-            **_errors(400, 404, 413, 502, 504),
+            **_errors(400, 404, 413, 429, 502, 503, 504),
             "default": {
                 "description": "The upstream's answer, whatever its status and type.",
                 "headers": _header_refs("Cache-Status", "X-Request-Id"),
@@ -162,6 +188,16 @@ def _get(operation: str, summary: str, schema: str, *errors: int) -> Json:
     }
 
 
+def _metrics(kind: MetricsKind) -> Json:
+    found = _text("metrics", "Metrics in Prometheus' text format, or in OpenMetrics'.")
+    text = {"schema": {"type": "string"}}
+    found["responses"]["200"]["content"] = {"text/plain": text, "application/openmetrics-text": text}
+    if kind == "guarded":
+        found["security"] = [{"admin": []}]
+        found["responses"] |= _errors(401)
+    return found
+
+
 def _readiness() -> Json:
     """Not ready is said in the same words as ready."""
     found = _get("readiness", "The process wants requests. It can serve them without the store.", "Readiness", 405)
@@ -185,7 +221,7 @@ _ENTRIES_QUERY: dict[str, Json] = {
     "tag": {"type": "string", "description": "Only entries with this tag."},
     "min_age_s": {"type": "number", "minimum": 0},
     "max_age_s": {"type": "number", "minimum": 0},
-    "min_bytes": {"type": "integer", "minimum": 0},
+    "min_bytes": {"type": "integer", "minimum": 0, "maximum": 2**53},
     "stale": {"type": "boolean", "description": "Only entries that are not fresh any more."},
     "limit": {
         "type": "integer",
@@ -194,7 +230,7 @@ _ENTRIES_QUERY: dict[str, Json] = {
         "default": 100,
         "description": "About how many: the store's pages are given in full.",
     },
-    "cursor": {"type": "string", "description": "The `cursor` of the answer before."},
+    "cursor": {"type": "string", "pattern": "^[0-9]{0,19}$", "description": "The `cursor` of the answer before."},
 }
 
 
@@ -218,7 +254,9 @@ def _admin_paths() -> Json:
         "/admin/entries/{key}": {
             "parameters": [entry_key],
             "get": found,
-            "delete": _reported(_administered("purgeEntry", "Deletes an entry with all its samples.", "Purged")),
+            "delete": _reported(
+                _administered("purgeEntry", "Deletes an entry with all its samples.", "Purged", errors=(404, 503))
+            ),
         },
         "/admin/purge": {"post": purge},
         "/admin/stats": {
@@ -319,7 +357,7 @@ def _admin_schemas() -> Json:
     report = {
         "process": text,
         **dict.fromkeys(("at", "began_at"), number),
-        "open": whole | {"description": "Answers that were under way then."},
+        "open": whole | {"description": "Streams that were being written then."},
         "counts": {"type": "object", "additionalProperties": whole},
         "measured": {
             "type": "object",
@@ -336,7 +374,8 @@ def _admin_schemas() -> Json:
     }
     listing = {"object": {"const": "list"}, "data": _array(_ref("schemas", "CacheEntry")), "cursor": text, "scanned": whole}
     parts = {"timing": timing, "stream": texts, "body": {}, "request": {}, "samples": texts, "stored_bytes": whole}
-    explain = {"api": {"enum": ["chat", "completions"]}, "request": {"type": "object"}, "headers": {"type": "object"}}
+    explain = {"api": {"enum": ["chat", "completions"]}, "headers": {"type": "object", "additionalProperties": text}}
+    explain["request"] = {"anyOf": [_ref("schemas", "ChatCompletionRequest"), _ref("schemas", "CompletionRequest")]}
     return {
         "CacheEntry": _object(entry, *entry),
         "CacheEntries": _object(listing, *listing),
@@ -443,7 +482,8 @@ def _events(chunk: str) -> Json:
         f"Server-sent events: the data of each is a {chunk}, and of the last one `[DONE]`. Comments keep the connection "
         "alive. After a failure the last event is an Error, and no `[DONE]` follows."
     )
-    return {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+    # No type: some tools take it for that of a whole stream, others for that of an event.
+    return {"text/event-stream": {"schema": {"description": text}}}
 
 
 def _json(schema: Json) -> Json:
@@ -472,7 +512,7 @@ def _refusal() -> Json:
 
 def _also(status: int) -> list[str]:
     """The headers that go with some statuses only."""
-    return ["Allow"] if status == 405 else []
+    return {405: ["Allow"], 429: ["Retry-After"], 503: ["Retry-After"]}.get(status, [])
 
 
 def _headers() -> Json:
@@ -483,7 +523,7 @@ def _headers() -> Json:
         "Gateway-Stream-Id": "By which a stream that was cut can be resumed; on a resumed one, by which it can be again.",
         "Gateway-Upstream": "Which configured upstream has answered, where the request was forwarded.",
         "Allow": "The methods of this path.",
-        "Retry-After": "The upstream's, or when to come back to a full queue.",
+        "Retry-After": "The upstream's, or when to come back to what was full.",
     }
     age = {"description": "On a hit, the answer's age in seconds (RFC 9111).", "schema": {"type": "integer", "minimum": 0}}
     return {name: {"description": text, "schema": {"type": "string"}} for name, text in texts.items()} | {"Age": age}
@@ -501,12 +541,16 @@ def _parameters() -> Json:
     return {
         "StreamId": _parameter("id", "path", _string("`Gateway-Stream-Id` of the answer.")),
         "LastEventId": _parameter("Last-Event-ID", "header", _string(cursor)),
-        "After": _parameter("after", "query", _string("How many events the caller has, where it counts them itself.")),
+        "After": _parameter(
+            "after", "query", _string("How many events the caller has, where it counts them itself.", pattern="^[0-9]{1,9}$")
+        ),
         "EventIds": _parameter("Gateway-Event-Ids", "header", _string("`?1`: each event of the stream has an `id`.")),
         "CacheControl": _parameter("Cache-Control", "header", _string(cache_control)),
-        "CacheTtl": _parameter("Gateway-Cache-TTL", "header", _string(ttl)),
-        "CacheNamespace": _parameter("Gateway-Cache-Namespace", "header", _string(namespace)),
-        "CacheTags": _parameter("Gateway-Cache-Tags", "header", _string(tags)),
+        "CacheTtl": _parameter("Gateway-Cache-TTL", "header", _string(ttl, pattern=_SF_SECONDS)),
+        "CacheNamespace": _parameter("Gateway-Cache-Namespace", "header", _string(namespace, pattern=f"^{_SF_NAME}$")),
+        "CacheTags": _parameter(
+            "Gateway-Cache-Tags", "header", _string(tags, pattern=f"^{_SF_NAME}(, {_SF_NAME}){{0,15}}$")
+        ),
         "RequestId": _parameter("X-Request-Id", "header", _string("Names the request in logs and in the answer.")),
     }
 

@@ -1,7 +1,6 @@
 """The server under the application: it takes connections, and ends without losing one."""
 
 import asyncio
-import logging
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,10 +8,10 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.http.connection import Patience, Runner
+from gateway.http.door import Acceptor, Door
 from gateway.http.edge import Running
-from gateway.sockets import BACKLOG, accept_all
-
-log = logging.getLogger(__name__)
+from gateway.limits import Limits
 
 # How long handlers have to write their last words, once they were told that it is over.
 _LAST_WORDS_S = 2.0
@@ -22,40 +21,45 @@ _POLL_S = 0.01
 
 
 class HttpServer:
-    """Serves an application on sockets that listen already, and closes them in the end."""
+    """Serves an application on sockets that listen already, and closes them in the end.
 
-    def __init__(self, app: web.Application, running: Running, options: dict[str, Any]) -> None:
-        self._runner = web.AppRunner(app, shutdown_timeout=_LAST_WORDS_S, **options)
+    ``shared``: other processes listen to the same sockets.
+    """
+
+    def __init__(  # noqa: PLR0913  # all that a server is made of
+        self,
+        app: web.Application,
+        running: Running,
+        patience: Patience,
+        limits: Limits,
+        options: dict[str, Any],
+        *,
+        shared: bool = False,
+    ) -> None:
+        self._runner = Runner(app, patience, shutdown_timeout=_LAST_WORDS_S, **options)
         self._running = running
-        self._sockets: list[socket.socket] = []
-        self._sites: list[web.SockSite] = []
+        self._limits = limits
+        self._shared = shared
+        self._door: Door | None = None
+        self._acceptors: list[Acceptor] = []
 
     async def open(self) -> None:
         """Everything is made, and nobody served yet."""
         await self._runner.setup()
 
     async def listen(self, sockets: Sequence[socket.socket]) -> None:
-        self._sockets = list(sockets)
+        server = self._runner.server
+        assert server  # noqa: S101  # it is open
+        self._running.connections = self._door = Door(server, self._limits)
         for sock in sockets:
-            self._sites.append(site := web.SockSite(self._runner, sock, backlog=BACKLOG))
-            await site.start()
+            self._acceptors.append(acceptor := Acceptor(sock, self._door, self._limits, shared=self._shared))
+            await acceptor.start()
 
     async def stop_listening(self) -> None:
         """No more connections are taken; those that the system has taken for us are served."""
-        accepted = accept_all(self._sockets)
-        self._sockets = []
-        for site in self._sites:
-            await site.stop()
-        server = self._runner.server
-        assert server  # noqa: S101  # it is open
-        loop = asyncio.get_running_loop()
-        for connection in accepted:
-            connection.setblocking(False)
-            try:
-                await loop.connect_accepted_socket(server, connection)
-            except OSError as error:
-                log.debug("a connection is gone before it was served: %s", error)
-                connection.close()
+        acceptors, self._acceptors = self._acceptors, []
+        for acceptor in acceptors:
+            await acceptor.stop()
 
     async def ended(self) -> None:
         """Returns when nothing is being served, and nobody is about to ask."""
@@ -69,5 +73,8 @@ class HttpServer:
             await asyncio.sleep(_POLL_S)
 
     async def close(self) -> None:
+        await self.stop_listening()
+        if self._door:
+            self._door.close()
         with suppress(OSError):
             await self._runner.cleanup()

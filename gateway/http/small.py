@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -10,9 +9,10 @@ import orjson
 from aiohttp import web
 
 from gateway import __version__
+from gateway.config import Config
 from gateway.errors import ModelNotFound, UpstreamError
 from gateway.http.edge import Running
-from gateway.http.openapi import document
+from gateway.http.openapi import MetricsKind, document, operators_document
 from gateway.ports import Store, Upstream
 from gateway.questions import CREDENTIAL_HEADERS
 
@@ -66,7 +66,7 @@ class Models:
 
     async def _listed(self, upstream: Upstream, request: web.Request) -> list[dict[str, Any]]:
         patterns = self._catalogue.globs_of(upstream)
-        if not patterns:
+        if not patterns or (upstream.passes_credential and self._is_one_of_several(upstream)):
             return []
         names = CREDENTIAL_HEADERS if upstream.passes_credential else ()
         try:
@@ -75,6 +75,10 @@ class Models:
             log.debug("%s does not list its models: %s", upstream.name, error)
             return []
         return [model for model in models if any(fnmatchcase(model["id"], pattern) for pattern in patterns)]
+
+    def _is_one_of_several(self, upstream: Upstream) -> bool:
+        """Whether others are asked with callers' keys, too: nobody can tell whose a key is, and it is shown to no other."""
+        return any(each.passes_credential for each in self._catalogue.upstreams if each is not upstream)
 
 
 def health(store: Store) -> Any:
@@ -102,8 +106,24 @@ async def root(request: web.Request) -> web.Response:  # noqa: ARG001
     return web.Response(text=_ROOT)
 
 
-def openapi(relay_paths: Sequence[str], *, admin: bool = False) -> Any:
-    text = orjson.dumps(document(__version__, relay_paths, admin=admin))
+def openapi(config: Config) -> Any:
+    """Of what callers are served; of what operators are, where that is in the same place."""
+    here = not config.admin.listen
+    admin = here and config.admin.is_open
+    kind: MetricsKind = ""
+    if here and config.metrics.enabled:
+        kind = "open" if config.metrics.public else "guarded" if admin else ""
+    return _document(document(__version__, config.server.relay_paths, admin=admin, metrics=kind))
+
+
+def openapi_of_operators(config: Config) -> Any:
+    """Of what is served at an address of their own."""
+    kind: MetricsKind = "open" if config.metrics.enabled else ""
+    return _document(operators_document(__version__, admin=config.admin.is_open, metrics=kind))
+
+
+def _document(found: dict[str, Any]) -> Any:
+    text = orjson.dumps(found)
 
     async def handle(request: web.Request) -> web.Response:  # noqa: ARG001
         return web.Response(body=text, content_type="application/json")

@@ -15,7 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 from gateway.config import RedisConfig
 from gateway.errors import StoreError, StoreUnavailable
 from gateway.ports import FlightId
-from gateway.store.client import StoreRefused, Wire, store_errors_only
+from gateway.store.client import StoreRefused, Wire, drop, store_errors_only, transport_of
 from gateway.store.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Bell:
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
             finally:
-                await connection.disconnect(nowait=True)
+                await drop(connection, transport_of(connection))
 
     def _lose(self) -> None:
         """No subscription stands any longer."""

@@ -13,6 +13,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError, ResponseError, SlotNotCoveredError
 
+from gateway.errors import UnknownCursor
 from gateway.store.client import Command, next_cursor, no_retry, scan
 
 _LAST_SLOT = 16_383
@@ -33,11 +34,17 @@ class _Place(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises `ValueError`."""
+        """Raises `UnknownCursor`."""
         if not text:
             return cls()
-        first, last, node, cursor = text.split("-")
-        return cls(int(first), int(last), node, cursor)
+        try:
+            first, last, node, cursor = text.split("-")
+            place = cls(int(first), int(last), node, cursor)
+        except ValueError:
+            raise UnknownCursor("it is not of a cluster") from None
+        if place.first > _LAST_SLOT:
+            raise UnknownCursor("there is no such slot")
+        return place
 
     def __str__(self) -> str:
         return "-".join(map(str, self))
@@ -107,6 +114,17 @@ class Cluster:
         nodes = sorted(self._nodes.nodes_cache.values(), key=lambda node: node.name)
         node = nodes[turn % len(nodes)]
         return node.connection_class(**node.connection_kwargs, retry=no_retry())
+
+    @property
+    def may_move(self) -> bool:
+        """No: the nodes tell of each other."""
+        return False
+
+    async def follow(self) -> None:
+        """Nothing, then."""
+
+    async def let_go(self) -> None:
+        """Nothing: to know the nodes anew makes all connections anew."""
 
     async def close(self) -> None:
         await self._nodes.aclose()

@@ -128,6 +128,7 @@ class EmbeddedServer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={},  # ours holds the secrets
             start_new_session=True,  # a Ctrl-C in the terminal is for the gateway, which then ends the server
             preexec_fn=_dying_with_parent() if sys.platform == "linux" else None,  # noqa: PLW1509  # it takes no lock
         )

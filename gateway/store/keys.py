@@ -44,6 +44,9 @@ import re
 from gateway.core.key import CacheKey
 from gateway.ports import LogName
 
+_TYPES = {"rec": "hash", "now": "string", "lease": "string", "log": "stream"}
+_TYPES |= {"req": "string", "readers": "hash", "cancelled": "set"}
+
 
 class Keys:
     """The names of keys and channels under a prefix."""
@@ -59,12 +62,18 @@ class Keys:
         self.bells = f"{prefix}:bell:"
         self.recordings = f"{prefix}:{{*}}:rec*"
         """The pattern of the names of recordings, replaced ones too. No prefix that the configuration takes is a pattern."""
+        self._about = re.compile(re.escape(prefix) + r":\{[\w-]+\}:(" + "|".join(_TYPES) + r")(?::[\w-]+)?")
         self._recording = re.compile(re.escape(f"{prefix}:{{").encode() + rb"([\w-]+)\}:rec(:[\w-]+)?")
 
     def key_of(self, name: bytes) -> tuple[CacheKey, bool] | None:
         """Whose recording has this name, and whether it was replaced; None where it is no recording's."""
         found = self._recording.fullmatch(name)
         return (CacheKey(found[1].decode()), bool(found[2])) if found else None
+
+    def type_of(self, name: str) -> str:
+        """What type a key has that is about a cache key; empty for others."""
+        found = self._about.fullmatch(name)
+        return _TYPES[found[1]] if found else ""
 
     def recording(self, key: CacheKey) -> str:
         return f"{self.prefix}:{{{key}}}:rec"

@@ -39,7 +39,8 @@ class Logs:
         """Looks again, and leads where there is nothing."""
         keys = [self._keys.recording(log.key), self._keys.now(log), self._keys.lease(log)]
         command = scripts.CLAIM.call(keys, log.flight, str(writer), newer_than_us, self._lease_ms)
-        found = await self._server.run(command, "quick")
+        with self._server.writing():
+            found = await self._server.run(command, "quick")
         if isinstance(found, bytes):
             return Claimed(follow=FlightId(found.decode()))
         return Claimed(landed=bool(found))

@@ -52,6 +52,8 @@ class Lookups:
         self._scheduled = False
         self._closed = False
         self._running: set[_Batch] = set()
+        self.late = 0
+        """How many were given up because no answer had come in time."""
 
     async def run(self, command: Command) -> Any:
         """The answer to a command. Raises `StoreUnavailable`, and `StoreCorrupt` where a key is of another type."""
@@ -106,6 +108,7 @@ class Lookups:
         if batch.ticks < _TICKS:
             batch.timer = loop.call_later(self._tick_s, self._tick, batch)
             return
+        self.late += len(batch.wanted)
         self._abandon(batch)
         if batch.task:
             batch.timer = loop.call_later(self._linger_s, batch.task.cancel)

@@ -13,6 +13,7 @@ from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
 from gateway.core.recording import Marks, Recording
 from gateway.errors import StoreCorrupt, StoreError, StoreUnavailable
+from gateway.observe import StoreState
 from gateway.ports import FlightId, LogName, Want, Writer
 from gateway.store import scripts
 from gateway.store.client import Client, Command, StoreRefused, connect
@@ -53,7 +54,9 @@ class RedisStore(Logs, RedisInventory):
         self._agree = secret is None
         self._packer = Packer(compress_from_bytes)
         self._unwritten_bytes = 0
-        self._deletions: dict[CacheKey, asyncio.Task[None]] = {}
+        self._deletions: dict[str, asyncio.Task[None]] = {}
+        """By the key that is deleted, or the first of them."""
+        server.on_corrupt = self._mend
         self._to_note: dict[CacheKey, None] = {}
         self._notes: asyncio.Task[None] | None = None
 
@@ -64,6 +67,14 @@ class RedisStore(Logs, RedisInventory):
     @property
     def available(self) -> bool:
         return self._server.available
+
+    @property
+    def is_writable(self) -> bool:
+        return self._server.is_writable
+
+    @property
+    def state(self) -> StoreState:
+        return self._server.state
 
     async def __aenter__(self) -> Self:
         self._bell.open()
@@ -82,6 +93,7 @@ class RedisStore(Logs, RedisInventory):
             fields = await self._server.look_up(("HMGET", self._keys.recording(key), *FIELDS[want]), patient=patient)
             return await self._packer.load(want, fields)
         except StoreCorrupt as error:
+            self._server.count_corrupt()
             self._discard(key, error)
             raise
 
@@ -100,7 +112,7 @@ class RedisStore(Logs, RedisInventory):
         writer: Writer | None = None,
         end: bytes = b"",
     ) -> bool:
-        with self._room_for(recording.size_bytes):
+        with self._server.writing(), self._room_for(recording.size_bytes):
             recorded = await self._recorded(recording)
             own = replaced = LogName(key, FlightId(recording.meta.flight))
             for attempt in range(_STORE_TRIES):
@@ -175,16 +187,26 @@ class RedisStore(Logs, RedisInventory):
             self._unwritten_bytes -= size_bytes
 
     def _discard(self, key: CacheKey, why: StoreCorrupt) -> None:
-        """Deletes what does not load; the caller does not wait for it."""
-        if key in self._deletions:
-            return
-        self._server.warn("Stored recordings do not load and are deleted: %s", why)
-        self._deletions[key] = task = asyncio.create_task(self._delete_quietly(key))
-        task.add_done_callback(lambda _: self._deletions.pop(key))
+        """Deletes what does not load."""
+        self._delete_quietly(("UNLINK", self._keys.recording(key)), self._keys.recording(key), why)
 
-    async def _delete_quietly(self, key: CacheKey) -> None:
-        with suppress(StoreError):
-            await self.delete(key)
+    def _mend(self, script: Command, why: StoreCorrupt) -> None:
+        """Deletes what has another type than ours among the keys of a script."""
+        names = [name for name in script[3 : 3 + script[2]] if self._keys.type_of(name)] if script[0] == "EVALSHA" else []
+        if names and script[1] != scripts.MEND.digest:
+            self._delete_quietly(scripts.MEND.call(names, *map(self._keys.type_of, names)), names[0], why)
+
+    def _delete_quietly(self, command: Command, name: str, why: StoreCorrupt) -> None:
+        """The caller does not wait for it."""
+
+        async def delete() -> None:
+            with suppress(StoreError):
+                await self._server.write(command)
+
+        if name not in self._deletions:
+            self._server.warn("Stored entries do not load and are deleted: %s", why)
+            self._deletions[name] = task = asyncio.create_task(delete())
+            task.add_done_callback(lambda _: self._deletions.pop(name))
 
     async def _agree_on_secret(self) -> None:
         """All replicas take the secret that the first of them wrote; it is written again where it was lost."""
@@ -196,6 +218,11 @@ class RedisStore(Logs, RedisInventory):
         except StoreRefused as error:
             # One that is there already will do.
             self._server.warn("Redis refuses to store: %s", error)
-        agreed = await self._server.ask(("GET", self._keys.secret))
+        try:
+            agreed = await self._server.ask(("GET", self._keys.secret))
+        except StoreCorrupt as error:
+            self._server.warn("Stored entries do not load and are deleted: %s", error)
+            await self._server.ask(("SET", self._keys.secret, self._secret))
+            return
         if isinstance(agreed, bytes) and 16 <= len(agreed) <= 64:
             self._secret = agreed

@@ -359,6 +359,16 @@ return redis.call('HGETALL', KEYS[1])
 """
 
 
+# What is there under our names and is not ours.
+_MEND = """
+for place, name in ipairs(KEYS) do
+  local found = redis.call('TYPE', name).ok
+  if found ~= 'none' and found ~= ARGV[place] then redis.call('DEL', name) end
+end
+return 1
+"""
+
+
 class Script:
     """A script, called by its digest."""
 
@@ -386,8 +396,26 @@ MARK = Script(_MARK)
 PURGES = Script(_PURGES)
 COUNT = Script(_COUNT)
 COUNTS = Script(_COUNTS)
+MEND = Script(_MEND)
 
-_ALL = CLAIM, APPEND, READ, TAKE_OVER, RELEASE, END, STORE, PEEK, RECORDING_OF, CANCEL, ERASE, MARK, PURGES, COUNT, COUNTS
+_ALL = (
+    MEND,
+    CLAIM,
+    APPEND,
+    READ,
+    TAKE_OVER,
+    RELEASE,
+    END,
+    STORE,
+    PEEK,
+    RECORDING_OF,
+    CANCEL,
+    ERASE,
+    MARK,
+    PURGES,
+    COUNT,
+    COUNTS,
+)
 
 TEXTS = {script.digest: script.text for script in _ALL}
 """The scripts by their digests, for a server that does not know them yet."""

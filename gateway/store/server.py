@@ -5,14 +5,15 @@ After a few failures in a row it counts as away: nobody waits for it, until a wa
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from redis.asyncio.cluster import RedisCluster
 
 from gateway.config import RedisConfig
 from gateway.errors import StoreCorrupt, StoreError, StoreUnavailable
+from gateway.observe import StoreState
 from gateway.store.client import (
     FEWEST_CONNECTIONS,
     Client,
@@ -60,11 +61,43 @@ class Server:
         self._failures = 0
         self._epoch = 0
         """How many failures in a row were counted: a call that began in an earlier epoch was hit by one that was counted."""
+        self.on_corrupt: Callable[[Command, StoreCorrupt], object] = lambda *_: None
+        """Called where a script has met something that is not ours."""
+        self._refuses_until_s = float("-inf")
         self._closed = False
         self._fell = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._told_at: dict[str, float] = {}
         self._told_away = False
+        self._counts = {"unavailable": 0, "refused": 0, "corrupt": 0}
+        """Failures, by kind."""
+        self._outages = 0
+
+    @property
+    def state(self) -> StoreState:
+        late = self._lookups.late + self._patient_lookups.late
+        return StoreState(self.available, dict(self._counts), self._outages, late)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether it is there and has refused no write lately."""
+        return self.available and _now() >= self._refuses_until_s
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around a write that costs something to try: once one is refused, nobody tries for a moment.
+
+        Raises `StoreUnavailable`.
+        """
+        self._refuse_if_away()
+        if not self.is_writable:
+            raise StoreRefused("the store refuses to store")
+        try:
+            yield
+        except StoreRefused:
+            if not self.has_nodes:  # of which one does not speak for the others
+                self._refuses_until_s = _now() + self.config.cooldown_s
+            raise
 
     @property
     def has_nodes(self) -> bool:
@@ -109,10 +142,16 @@ class Server:
             answer = await self._paces[pace].run(command)
         except StoreError as error:
             self._failed(error, began)
+            if isinstance(error, StoreCorrupt):
+                self.on_corrupt(command, error)
             raise
         if pace == "quick":
             self._failures = 0
         return answer
+
+    def count_corrupt(self) -> None:
+        """Something was there that does not load."""
+        self._counts["corrupt"] += 1
 
     async def ask(self, command: Command) -> Any:
         """Outside of all deadlines and accounts: for those who have their own. Raises `StoreError`."""
@@ -150,6 +189,9 @@ class Server:
                 self._failed(error, began)
                 raise
         answers = [as_store_error(answer) if isinstance(answer, Exception) else answer for answer in answers]
+        for command, answer in zip(commands, answers, strict=True):
+            if isinstance(answer, StoreCorrupt):
+                self.on_corrupt(command, answer)
         failures = [answer for answer in answers if isinstance(answer, StoreError)]
         for failure in {type(failure): failure for failure in failures}.values():
             # One node of a cluster that fails does not speak for the others.
@@ -174,19 +216,24 @@ class Server:
         """What the failure of more than a lookup says of the server."""
         if isinstance(error, StoreRefused):
             # No reason to stop looking things up.
+            self._counts["refused"] += 1
             self.warn("Redis refuses to store: %s", error)
-        elif not isinstance(error, StoreCorrupt):
+        elif isinstance(error, StoreCorrupt):
+            self.count_corrupt()
+        else:
             self._count_failure(error, began)
 
     def _count_failure(self, error: StoreError, began: int) -> None:
         """Failures count as in a row only if each call began after the last had failed: one hiccup hits many calls."""
         if self._closed:
             return
+        self._counts["unavailable"] += 1
         if began == self._epoch:
             self._failures += 1
             self._epoch += 1
         if self.available and self._failures >= _FAILURES_TO_DOWN:
             self.available = False
+            self._outages += 1
             self._fell.set()
         if not self.available and self.warn("Redis does not serve, requests go on without the cache: %s", error):
             self._told_away = True
@@ -196,10 +243,13 @@ class Server:
         while not self._closed:
             self._fell.clear()
             try:
-                async with asyncio.timeout(_WATCH_UP_S if self.available else self.config.cooldown_s):
+                well = self.available and not self.wire.may_move
+                async with asyncio.timeout(_WATCH_UP_S if well else self.config.cooldown_s):
                     await self._fell.wait()
             except TimeoutError:
                 await self._look()
+            else:
+                await self.wire.let_go()
 
     async def _look(self) -> None:
         began = self._epoch
@@ -208,6 +258,8 @@ class Server:
                 async with asyncio.timeout(
                     self.config.command_timeout_s if self.available else self.config.connect_timeout_s
                 ):
+                    if self.available:
+                        await self.wire.follow()
                     await self._greet()
             if not self.available:
                 # Slow is no better than gone: it is back when a lookup is answered in time.

@@ -69,7 +69,7 @@ class Asking:
             try:
                 answer = await self._answer_of(target, target_rules, desperate=True)
             except GatewayError as error:
-                log.debug("the fallback %s/%s cannot stand in: %s", target.pool.name, target.model, error.message)
+                log.debug("the fallback %s/%s cannot stand in: %r", target.pool.name, target.model, error.message)
             else:
                 return replace(answer, served=Served(target.pool.name, target.model))
         if all_left_alone and fallbacks:
@@ -154,6 +154,7 @@ class Asking:
         with named(deployment):
             async with AsyncExitStack() as own:
                 running = await own.enter_async_context(deployment.running())
+                deployment.calls.retries += self._attempts > 0
                 self._attempts += 1
                 try:
                     async with asyncio.timeout(first_byte_s):

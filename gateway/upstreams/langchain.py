@@ -8,7 +8,7 @@ import importlib
 import re
 import socket
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from gateway.config import LangChainUpstreamConfig
 from gateway.core.apis import CHAT
+from gateway.core.hiding import Hider, written_secrets
 from gateway.errors import (
     ConfigError,
     GatewayError,
@@ -92,8 +93,8 @@ class LangChainUpstream:
     def __init__(self, config: LangChainUpstreamConfig, secrets: Mapping[str, str]) -> None:
         self.name = config.name
         self._config = config
-        self._secrets = tuple(secrets.values())
-        self._model = _construct(config, secrets)
+        self._hide = Hider([*secrets.values(), *written_secrets(config.arguments)])
+        self._model = _construct(config, secrets, self._hide)
 
     @asynccontextmanager
     async def ask(self, call: Call) -> AsyncIterator[Answer]:
@@ -154,9 +155,7 @@ class LangChainUpstream:
         from langchain_core.messages import convert_to_messages  # noqa: PLC0415
 
         def refused(error: Exception) -> InvalidRequest:
-            return InvalidRequest(
-                f"LangChain does not take these messages: {_words(error, self._secrets)}", param="messages"
-            )
+            return InvalidRequest(f"LangChain does not take these messages: {_words(error, self._hide)}", param="messages")
 
         with _foreign_errors(refused):
             # A message that only calls tools may come without content; LangChain wants the member there.
@@ -170,7 +169,7 @@ class LangChainUpstream:
             return self._model
 
         def refused(error: Exception) -> InvalidRequest:
-            reason = "it takes no tools" if isinstance(error, NotImplementedError) else _words(error, self._secrets)
+            reason = "it takes no tools" if isinstance(error, NotImplementedError) else _words(error, self._hide)
             return InvalidRequest(f"The model {body['model']!r} cannot be given these tools: {reason}", param="tools")
 
         with _foreign_errors(refused):
@@ -194,7 +193,7 @@ class LangChainUpstream:
             raise
 
     def _failure(self, error: Exception) -> UpstreamError:
-        message = f"{type(error).__name__}: {_words(error, self._secrets)}"
+        message = f"{type(error).__name__}: {_words(error, self._hide)}"
         kinds = [kind.__name__ for kind in type(error).__mro__]
         # Each vendor brings its own client, so classes are known by name; a time-out is often a connection error too.
         if any("Timeout" in kind for kind in kinds):
@@ -220,15 +219,12 @@ def _foreign_errors(as_ours: Callable[[Exception], Exception]) -> Iterator[None]
         raise as_ours(error) from None
 
 
-def _words(error: Exception | str, secrets: Iterable[str] = ()) -> str:
-    """The error's own words, on one line, cut, and without the ``secrets``."""
-    words = " ".join(str(error).split())
-    for secret in filter(None, secrets):
-        words = words.replace(secret, "***")
-    return words[:_MESSAGE_CHARS]
+def _words(error: Exception | str, hide: Callable[[str], str] = str) -> str:
+    """The error's own words, on one line, cut, and without what is to hide."""
+    return hide(" ".join(str(error).split()))[:_MESSAGE_CHARS]
 
 
-def _construct(config: LangChainUpstreamConfig, secrets: Mapping[str, str]) -> "BaseChatModel | BaseLLM":
+def _construct(config: LangChainUpstreamConfig, secrets: Mapping[str, str], hide: Hider) -> "BaseChatModel | BaseLLM":
     """Raises `ConfigError`."""
     at = f"upstreams.{config.name}"
     try:
@@ -242,7 +238,7 @@ def _construct(config: LangChainUpstreamConfig, secrets: Mapping[str, str]) -> "
         make = _target(config.target, f"{at}.target")
         if isinstance(make, type) and not issubclass(make, BaseChatModel | BaseLLM):
             raise ConfigError([f"{at}.target: {config.target} is not a chat model or LLM of LangChain"])
-        with _foreign_errors(lambda error: ConfigError(_refused_arguments(error, at, secrets.values()))):
+        with _foreign_errors(lambda error: ConfigError(_refused_arguments(error, at, hide))):
             model = make(**arguments)
     if not isinstance(model, BaseChatModel | BaseLLM):
         raise ConfigError([f"{at}.target: {config.target} gives no chat model or LLM of LangChain"])
@@ -282,14 +278,12 @@ def _module(name: str, at: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def _refused_arguments(error: Exception, at: str, secrets: Iterable[str]) -> list[str]:
+def _refused_arguments(error: Exception, at: str, hide: Hider) -> list[str]:
     """A line for each refused argument. Pydantic's own text would quote the values, and some are secrets."""
     if not isinstance(error, ValidationError):
-        return [f"{at}.arguments: the model cannot be constructed: {type(error).__name__}: {_words(error, secrets)}"]
+        return [f"{at}.arguments: the model cannot be constructed: {type(error).__name__}: {_words(error, hide)}"]
     details = error.errors(include_input=False, include_url=False, include_context=False)
-    return [
-        f"{'.'.join([at, 'arguments', *map(str, detail['loc'])])}: {_words(detail['msg'], secrets)}" for detail in details
-    ]
+    return [f"{'.'.join([at, 'arguments', *map(str, detail['loc'])])}: {_words(detail['msg'], hide)}" for detail in details]
 
 
 def _is_chat(model: "BaseChatModel | BaseLLM") -> "TypeGuard[BaseChatModel]":

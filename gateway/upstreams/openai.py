@@ -5,11 +5,12 @@ chunk (measured: 80 µs against 2 µs), and its requests 0.4 ms that every first
 here, but for another key in the place of one that is refused.
 """
 
+import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -26,9 +27,11 @@ from yarl import URL
 from gateway.config import OpenAIUpstreamConfig
 from gateway.core.apis import APIS
 from gateway.core.balancing import KeyRing
+from gateway.core.hiding import Hider, credentials_of
 from gateway.core.retrying import judge, retry_after_s
 from gateway.core.sse import Decoder, Event, EventTooLarge
 from gateway.errors import (
+    GatewayError,
     UpstreamBroke,
     UpstreamError,
     UpstreamRefused,
@@ -47,6 +50,7 @@ _PASSED_BACK = frozenset({
 _PASSED_BACK_PREFIX = "x-ratelimit-"
 _RELAYED_BACK = _PASSED_BACK | {"content-type", "content-disposition"}
 
+_SECRET_HEADERS = ("authorization", "api-key", "x-api-key")
 # What a key is refused with that is wrong, spent, or has had its share for now. Another one may do better.
 _REFUSING_A_KEY = frozenset({401, 402, 429})
 _REST_S = 1.0
@@ -96,6 +100,8 @@ class OpenAIUpstream:
         self._config = config
         self._keys = KeyRing(api_keys)
         self._proxy = proxy
+        self._own_secrets = [*api_keys, *(credentials_of(proxy) if proxy else ())]
+        self._hide = Hider(self._own_secrets)
         self._urls = {api.path: URL(f"{config.base_url}/{api.path}") for api in APIS.values()}
         connect_s, idle_s = config.connect_timeout_s, config.idle_timeout_s
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s, sock_read=idle_s)
@@ -116,11 +122,17 @@ class OpenAIUpstream:
     @asynccontextmanager
     async def ask(self, call: Call) -> AsyncIterator[Answer]:
         """Raises `UpstreamError`."""
-        response = await self._open(call)
+        response = None
         try:
-            yield await _answer(response)
+            response = await self._open(call)
+            answer = await _answer(response)
+            yield replace(answer, headers=_hidden(answer.headers, self._hider(call.headers)))
+        except GatewayError as error:
+            error.reword(self._hider(call.headers))
+            raise
         finally:
-            response.close()
+            if response:
+                response.close()
 
     async def models(self, headers: Mapping[str, str]) -> list[dict[str, Any]]:
         """The upstream's own list. Raises `UpstreamError`."""
@@ -142,7 +154,10 @@ class OpenAIUpstream:
         url = URL(f"{self._config.base_url}/{path}", encoded=True)
         response = await self._send(method, url, self._headers(headers, self._any_key()), body, self._timeout)
         try:
-            yield Relayed(response.status, _passed_back(response, _RELAYED_BACK), _bytes(response))
+            hide = self._hider(headers)
+            passed = _hidden(_passed_back(response, _RELAYED_BACK), hide)
+            content = _bytes(response) if response.status < 400 else _told(response, hide)
+            yield Relayed(response.status, passed, content)
         finally:
             response.close()
 
@@ -150,6 +165,11 @@ class OpenAIUpstream:
         await self._client.close()
         if self._connections:
             await self._connections.close()
+
+    def _hider(self, headers: Mapping[str, str]) -> Hider:
+        """Hides our secrets, and what the caller has shown: what went wrong is logged, and told to others."""
+        shown = [headers[name].rpartition(" ")[2] for name in _SECRET_HEADERS if name in headers]
+        return Hider([*self._own_secrets, *shown]) if shown else self._hide
 
     def _any_key(self) -> str | None:
         return self._keys.pick("", time.monotonic())
@@ -291,6 +311,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> UpstreamError:
     if response.status < 400:
         return UpstreamBroke("The upstream redirects to another address: its base_url is not right.")
     kind = response.headers.get("content-type", "application/json")
+    kind = kind if kind.isprintable() else "application/octet-stream"
     return UpstreamRefused(response.status, await _read(response), kind, _passed_back(response))
 
 
@@ -313,7 +334,12 @@ def _passes_back(name: str, names: frozenset[str]) -> bool:
 
 def _passed_back(response: aiohttp.ClientResponse, names: frozenset[str] = _PASSED_BACK) -> dict[str, str]:
     headers = ((name.lower(), value) for name, value in response.headers.items())
-    return {name: value for name, value in headers if _passes_back(name, names)}
+    # What is no text, or would end a line, is in no header of ours.
+    return {name: value for name, value in headers if _passes_back(name, names) and value.isprintable()}
+
+
+def _hidden(headers: Mapping[str, str], hide: Hider) -> dict[str, str]:
+    return {name: hide(value) for name, value in headers.items()}
 
 
 async def _answer(response: aiohttp.ClientResponse) -> Answer:
@@ -346,6 +372,11 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
+async def _told(response: aiohttp.ClientResponse, hide: Hider) -> AsyncIterator[bytes]:
+    """What an upstream says of an error, in one piece."""
+    yield hide((await _read(response)).decode("latin-1")).encode("latin-1")
+
+
 async def _batches(response: aiohttp.ClientResponse) -> AsyncGenerator[list[bytes], None]:
     decoder = Decoder(_MAX_BODY_BYTES)
     try:
@@ -370,9 +401,41 @@ def _data(event: Event) -> bytes:
 
 async def _bytes(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The body as it comes, decompressed. Raises `UpstreamError`."""
-    with _errors_mapped(begun=True):
+    with _errors_mapped(begun=True), _loss_noticed(response):
         async for data in response.content.iter_any():
             yield data
+
+
+@contextmanager
+def _loss_noticed(response: aiohttp.ClientResponse) -> Iterator[None]:
+    """Tells the reader of a body that its connection is gone.
+
+    aiohttp 3.14 forgets that where the chunks cannot be parsed: it closes the connection, and the reader waits for ever.
+    """
+    protocol = None if response.connection is None else response.connection.protocol
+    closed = None if protocol is None else protocol.closed
+    if closed is None:
+        yield
+        return
+
+    def tell(_: "asyncio.Future[None]") -> None:
+        content = response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection was lost"))
+
+    closed.remove_done_callback(_fetch)  # the connection may have served before
+    closed.add_done_callback(_fetch)
+    closed.add_done_callback(tell)
+    try:
+        yield
+    finally:
+        closed.remove_done_callback(tell)
+
+
+def _fetch(closed: "asyncio.Future[None]") -> None:
+    """How a connection ends later is nobody's concern, and asyncio would complain that nobody has looked."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 class _errors_mapped:  # noqa: N801  # used as a with statement, like contextlib's
@@ -385,6 +448,8 @@ class _errors_mapped:  # noqa: N801  # used as a with statement, like contextlib
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and isinstance(error.__cause__, GatewayError):
+            raise error.__cause__  # of the caller's, whose upload broke off while it was passed on
         if isinstance(error, aiohttp.ClientError | openai.APIError | httpx2.HTTPError | OSError):
             raise _mapped(error, begun=self._begun) from error
 

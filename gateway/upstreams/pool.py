@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from gateway.config import UpstreamConfig
 from gateway.core.balancing import Candidate, EjectionRules, Health, choose
 from gateway.core.retrying import RetryBudget, Verdict, judge
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, UpstreamBusy
+from gateway.observe import Calls, UpstreamState
 from gateway.ports import Clock
 from gateway.upstreams.leased import Leased
 from gateway.upstreams.router import own_names
@@ -42,6 +43,7 @@ class Deployment:
         self.upstream = upstream
         self.slots = Slots(config.max_concurrent_calls, config.max_queued_calls, config.queue_timeout_s)
         self.health = Health(rules)
+        self.calls = Calls()
         self.config = config
         self._clock = clock
         self._rests: dict[str, float] = {}
@@ -61,6 +63,10 @@ class Deployment:
             not has_rested and self._rests.get(model, 0.0) > now,
         )
 
+    def state(self) -> UpstreamState:
+        ejected = self.health.state(self._clock.monotonic()) != "well"
+        return UpstreamState(self.name, self.calls, self.slots.taken, self.slots.load - self.slots.taken, ejected)
+
     def judge(self, error: GatewayError) -> Verdict:
         """What a failure means here."""
         return judge(error, self._clock.now(), own_key=not self.upstream.passes_credential)
@@ -76,28 +82,39 @@ class Deployment:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Running]:
         """A call: entering waits for a slot. How it goes is what the deployment is judged by."""
-        slot = await self.slots.take()
+        slot = await self._slot()
         monotonic, health = self._clock.monotonic, self.health
-        running, ticket, spoke = Running(slot), health.begin(monotonic()), False
+        began_s = monotonic()
+        running, ticket, spoke = Running(slot), health.begin(began_s), False
+        self.calls.made += 1
 
         def speak() -> None:
             nonlocal spoke
-            spoke = True
-            health.succeed(ticket, monotonic())
+            spoke, now_s = True, monotonic()
+            self.calls.first_token.add(now_s - began_s)
+            health.succeed(ticket, now_s)
 
         running.spoke = speak
         try:
             yield running
         except GatewayError as error:
+            self.calls.fail(error)
             if self.judge(error).is_fault:
                 left_alone_s = health.fail(ticket, monotonic(), spoke=spoke)
                 if left_alone_s:
-                    told = "upstream %s fails too often: for %g s it is asked only where nobody else can answer (%s)"
+                    told = "upstream %s fails too often: for %g s it is asked only where nobody else can answer (%r)"
                     log.warning(told, self.name, left_alone_s, error.message)
             raise
         finally:
             health.drop(ticket)
             slot.release()
+
+    async def _slot(self) -> Slot:
+        try:
+            return await self.slots.take()
+        except UpstreamBusy as error:
+            self.calls.fail(error)
+            raise
 
 
 Serving = Sequence[tuple[Deployment, str]]

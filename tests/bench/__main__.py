@@ -1,4 +1,4 @@
-"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json] [--only servers|flights|compression]`.
+"""The benchmark: `.venv/bin/python tests/bench [--quick] [--json] [--only servers|flights|compression|outage|overload]`.
 
 The service in one process alone on one core, beside a bare comparator that does the same work with aiohttp and
 redis-py and nothing else; Redis, the upstream and the load generator on another. Only the ratios mean something:
@@ -17,11 +17,13 @@ import orjson
 from compression import compression
 from figures import QUICK, Extent, Figures, fresh_process, one_round
 from flights import flights
+from outage import outage
+from overload import overload
 from processes import BenchFailed, Cores
 from stage import Stage, stage
 from table import markdown
 
-Part = Literal["servers", "flights", "compression"]
+Part = Literal["servers", "flights", "compression", "outage", "overload"]
 
 
 def main() -> int:
@@ -64,6 +66,10 @@ def _measure(extent: Extent, only: Part | None) -> list[Figures]:
         if only in (None, "compression"):
             _say("lookups of compressed recordings")
             measurements += compression(set_up.redis_socket, extent)
+        if only in (None, "overload"):
+            measurements += overload(set_up, extent, _say)
+        if only in (None, "outage"):
+            measurements += outage(set_up, extent, _say)
     return measurements
 
 

@@ -51,6 +51,10 @@ class Extent:
     fan_out_ttft_s: float = 3.0
     fan_out_tokens: int = 1024
     crowd_tokens: int = 128
+    overloaded_streams: int = 60
+    overloaded_s: float = 8.0
+    saturating: int = 6
+    """How many times as many streams the processor just about carries."""
 
 
 QUICK = Extent(
@@ -68,6 +72,9 @@ QUICK = Extent(
     fan_out_ttft_s=1.0,
     fan_out_tokens=64,
     crowd_tokens=40,
+    overloaded_streams=6,
+    overloaded_s=1.5,
+    saturating=2,
 )
 
 Say = Callable[[str], None]

@@ -24,31 +24,35 @@ class Stage:
 
     def __init__(self, cores: Cores, directory: Path, redis_socket: Path, upstream: Server) -> None:
         self.upstream = upstream
-        self._cores = cores
-        self._directory = directory
+        self.cores = cores
+        self.directory = directory
         self.redis_socket = redis_socket
 
-    def gateway(self) -> AbstractContextManager[Server]:
+    def gateway(
+        self, redis_url: str = "", *, lookup_timeout_s: float = 2.0, more: str = "", upstream: str = ""
+    ) -> AbstractContextManager[Server]:
         """The real command at its default configuration, but for the addresses, and for the patience with Redis:
 
         where other work stalls the machine for longer than a lookup may take, a hit would become a miss.
+        ``more`` is more of its configuration, ``upstream`` of its upstream's.
         """
         port = free_port()
-        config = self._directory / f"{port}.toml"
+        config = self.directory / f"{port}.toml"
         config.write_text(
-            f'[server]\nport = {port}\n[redis]\nurl = "unix://{self.redis_socket}"\nlookup_timeout_s = 2.0\n'
+            f"{more}[server]\nport = {port}\n"
+            f'[redis]\nurl = "{redis_url or f"unix://{self.redis_socket}"}"\nlookup_timeout_s = {lookup_timeout_s}\n'
             f'[[upstreams]]\nname = "scripted"\nkind = "openai"\nmodels = ["scripted"]\n'
-            f'base_url = "http://127.0.0.1:{self.upstream.port}/v1"\n',
+            f'base_url = "http://127.0.0.1:{self.upstream.port}/v1"\n{upstream}',
             "utf-8",
         )
         command = [sys.executable, "-m", "gateway", "serve", "--config", str(config)]
-        return server("gateway", command, port, self._cores.server)
+        return server("gateway", command, port, self.cores.server)
 
     def bare(self) -> AbstractContextManager[Server]:
         """The comparator."""
         port = free_port()
         command = script("bare.py", port, self.redis_socket, f"http://127.0.0.1:{self.upstream.port}")
-        return server("bare", command, port, self._cores.server)
+        return server("bare", command, port, self.cores.server)
 
     def empty_store(self) -> None:
         with redis.Redis(unix_socket_path=str(self.redis_socket)) as client:
@@ -81,15 +85,19 @@ class Stage:
     def running_load(self, target: Server, plan: Plan) -> Iterator[subprocess.Popen[bytes]]:
         """The load generator at work; `finish` waits for it. Raises `BenchFailed` if the upstream was asked too often."""
         calls = self.upstream_stats()["calls"]
-        with child(script("load.py", orjson.dumps(asdict(plan)).decode()), self._cores.others, subprocess.PIPE) as process:
+        with child(script("load.py", orjson.dumps(asdict(plan)).decode()), self.cores.others, subprocess.PIPE) as process:
             yield process
         calls = self.upstream_stats()["calls"] - calls
         if plan.expect == "hit" and calls:
             raise BenchFailed(f"{target.name}: the upstream was asked {calls} times in a run of hits")
 
+    def running(self, name: str, plan: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        """Another kind of load; `finish` waits for it."""
+        return child(script(name, plan), self.cores.others, subprocess.PIPE)
+
     def running_readers(self, plan: readers.Plan) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """The readers of one answer; `finish` waits for them."""
-        return child(script("readers.py", orjson.dumps(asdict(plan)).decode()), self._cores.others, subprocess.PIPE)
+        return child(script("readers.py", orjson.dumps(asdict(plan)).decode()), self.cores.others, subprocess.PIPE)
 
     def check_hits(self, target: Server, *, streamed: bool, tokens: int) -> int:
         """Asks for each prompt once: all must be hits that say what the upstream says. Returns their length in bytes."""

@@ -8,6 +8,10 @@ from statistics import median
 from compression import SIZES_TOKENS, figure
 from figures import MANY_CONNECTIONS, RELAY_CONNECTIONS, Extent, Figures
 from flights import REPLICAS
+from outage import FAULTS
+from outage import figure as outage_figure
+from overload import CASES, LIMITS, TIMES
+from overload import figure as overloaded
 
 NOTHING = "–"
 
@@ -32,6 +36,8 @@ class Row:
 
 
 _HITS = Mark("≥ 0.7", lambda _, ratio: ratio >= 0.7)
+_AT_ONCE = Mark("≤ 10 ms", lambda value, _: value <= 10)
+_OUTAGE = Mark("≥ 0.9", lambda _, ratio: ratio >= 0.9)
 _FIRST_TOKEN = Mark("≤ bare + 0.5", lambda _, difference: difference <= 0.5)
 
 ROWS = (
@@ -70,12 +76,37 @@ ROWS = (
     Row("memory of a follower, KiB", "crowd", "follower_kib"),
     *(
         row
+        for name in LIMITS
+        for row in (
+            Row(f"refusal at {TIMES} times the room, {name}, p50, ms", overloaded(name), "refused_p50_ms", "none"),
+            Row("the same, p99, ms", overloaded(name), "refused_p99_ms", "none", _AT_ONCE),
+        )
+    ),
+    *(
+        row
         for tokens in SIZES_TOKENS
         for row in (
             Row(f"lookup of {tokens:,} frames, compressed (bare: plain), µs", figure(tokens), "lookup_us"),
             Row("the same, 16 at a time", figure(tokens), "many_us"),
             Row("its bytes in Redis", figure(tokens), "stored_bytes"),
         )
+    ),
+    *(
+        row
+        for case in CASES
+        for row in (
+            Row(
+                f"gap of 50 ms in running streams, {case.name} (bare: not full), p99, ms",
+                overloaded(case.name),
+                "gap_p99_ms",
+            ),
+            *([Row("a hit meanwhile, p99, ms", overloaded(case.name), "hit_p99_ms")] if case.hits else []),
+        )
+    ),
+    Row("the upstream's answer to nothing meanwhile, p99, ms", overloaded("flights"), "ping_p99_ms"),
+    *(
+        Row(f"misses/s where {fault} (bare: the cache is off)", outage_figure(name), "requests_per_s", mark=_OUTAGE)
+        for name, (fault, _) in FAULTS.items()
     ),
 )
 
@@ -107,7 +138,7 @@ def _judged(mark: Mark | None, value: float, compared: float) -> str:
 def _pair(row: Row, figures: Figures) -> tuple[float, float] | None:
     """The values of both servers, where this measurement has them."""
     servers = figures.get(row.figure, {})
-    if not {"gateway", "bare"} <= servers.keys():
+    if row.compare == "none" or not {"gateway", "bare"} <= servers.keys():
         return None
     gateway, bare = servers["gateway"].get(row.value), servers["bare"].get(row.value)
     return None if gateway is None or bare is None else (gateway, bare)

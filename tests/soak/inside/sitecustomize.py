@@ -1,0 +1,55 @@
+"""Python loads this at its start, where it is on the path: on SIGUSR2 a process writes down what it holds.
+
+So the soak looks into a gateway that is started as everybody starts it, and that knows nothing of the soak.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+_DIRECTORY = os.environ.get("SOAK_COUNTS", "")
+
+
+def _count(*_: object) -> None:
+    gc.collect()
+    objects = gc.get_objects()
+    tasks = _tasks()
+    kinds = Counter(type(each).__qualname__ for each in objects if type(each).__module__.partition(".")[0] == "gateway")
+    names = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in tasks)
+    held = [each for each in objects if type(each).__qualname__ == "Flight"]
+    told = {
+        "tasks": names,
+        "objects": len(objects),
+        "kinds": kinds,
+        "flights": [_holders(each, (objects, held)) for each in held],
+    }
+    path = Path(_DIRECTORY, f"{os.getpid()}.json")
+    path.with_suffix(".part").write_text(json.dumps(told))
+    path.with_suffix(".part").rename(path)
+
+
+def _tasks() -> "set[Any]":
+    """Those that are not done. Not the collector's, which leaves out what the service has frozen."""
+    try:
+        return sys.modules["asyncio"].all_tasks()
+    except (KeyError, RuntimeError):
+        return set()  # a process without a loop
+
+
+def _holders(flight: object, but: tuple[object, ...]) -> str:
+    """A flight, and what keeps it."""
+    holders = [
+        each
+        for each in gc.get_referrers(flight)
+        if not any(each is one for one in but) and not isinstance(each, type(sys._getframe()))
+    ]
+    return f"{flight!r}: {[f'{type(each).__qualname__} {str(each)[:150]}' for each in holders[:6]]}"
+
+
+if _DIRECTORY:
+    signal.signal(signal.SIGUSR2, _count)
