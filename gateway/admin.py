@@ -20,6 +20,8 @@ from gateway.eraser import Eraser, Once, Tell, Wanted, models_meant, store_is_ne
 from gateway.errors import EntryNotFound, StoreCorrupt
 from gateway.nearby import Nearby
 from gateway.ports import Clock, Inventory, Listed, Store
+from gateway.profiling import Profiler
+from gateway.pulse import Reporter
 from gateway.purges import Purges, labels_of
 from gateway.questions import Questions, Request, Router
 from gateway.tally import Tally
@@ -83,6 +85,7 @@ class Admin:
         purges: Purges,
         tally: Tally,
         eraser: Eraser,
+        reporter: Reporter,
         clock: Clock,
     ) -> None:
         self._store = store
@@ -94,6 +97,7 @@ class Admin:
         self._purges = purges
         self._tally = tally
         self._eraser = eraser
+        self._reporter = reporter
         self._clock = clock
 
     async def entries(self, filters: Filters, cursor: str = "", limit: int = 100) -> Listing:
@@ -143,6 +147,21 @@ class Admin:
         models.sort(key=lambda model: -sum(model[name] for name in _ASKED))
         found = {"object": "cache.stats", "since": since, "total": _total(models), "models": models}
         return found | ({"stored": stored} if scan else {})
+
+    async def live(self) -> dict[str, Any]:
+        """What each process of all replicas has counted since it began, as it has told last: see `core.rates`."""
+        return {"object": "cache.live", "at": self._clock.now(), "reports": await self._reporter.collect()}
+
+    async def profile(self, filters: Filters, limit: int, tell: Tell = lambda *_: None) -> dict[str, Any]:
+        """When the tokens of each model came, in up to ``limit`` of the recordings; bounded in time and memory."""
+        selectors, first_time, now = filters.selectors(self._router), Once(), self._clock.now()
+
+        def is_wanted(listed: Listed) -> bool:
+            meant = not listed.replaced and fits(listed, filters, selectors, now)
+            return meant and not self._purges.covers(listed.key, listed.meta) and first_time(listed)
+
+        with store_is_needed():
+            return await Profiler(self._store, self._inventory, self._clock).profile(is_wanted, limit, tell)
 
     async def explain(self, request: Request) -> dict[str, Any]:
         """Where a request leads, what is there, and if nothing is, which recent one it nearly was."""

@@ -29,6 +29,7 @@ from gateway.missing import Missing
 from gateway.nearby import Nearby
 from gateway.observe import AccessLog, Sink, UpstreamState
 from gateway.ports import Store, Upstream
+from gateway.pulse import Pulse, Reporter
 from gateway.pump import Rules
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Questions, Tenants
@@ -142,19 +143,14 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     adjustable = app[ADJUSTABLE] = Adjustable(router, rules, admin_key, limits)
     questions = Questions(router, store, tenants, rules)
     missing = Missing(questions, Nearby(store, clock))
-    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally, missing)
+    pulse = Pulse(store.replica, clock, tally.totals) if admin_key and config.admin.is_open else None
+    app[SERVICE] = Service(questions, store, flights, rules, clock, purges, tally, missing, pulse)
     app[STREAMS] = Streams(app[SERVICE], questions, flights, store, tenants, clock, purges)
     eraser = Eraser(store, store, router, purges, clock)
     app[RECORDINGS] = Recordings(store, store, router=router, tenants=tenants, rules=rules, purges=purges, clock=clock)
-    operators = app
-    if config.admin.listen:
-        # Of what runs here nothing is waited for when the process ends, and nothing is refused.
-        around = edge.middleware(sinks, edge.Running())
-        operators = app[ADMIN_APP] = web.Application(middlewares=[around], client_max_size=config.server.max_body_bytes)
-        operators[READ_TIMEOUT_S] = config.server.read_timeout_s
-        _add_health(operators, store, running)
-        operators.router.add_get("/openapi.json", small.openapi_of_operators(config))
-    if admin_key and config.admin.is_open:
+    operators = _operators(app, config, store, sinks) if config.admin.listen else app
+    reporter = _reporter(pulse, store, running, sinks) if pulse else None
+    if reporter:
         about = Admin(
             store,
             store,
@@ -164,6 +160,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
             purges=purges,
             tally=tally,
             eraser=eraser,
+            reporter=reporter,
             clock=clock,
         )
         admin.add_routes(operators, about, app[RECORDINGS], lambda: adjustable.admin_key)
@@ -178,6 +175,8 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
         yield
         metrics.lag.close()
         await app[SERVICE].close()
+        if reporter:
+            await reporter.close()
         await eraser.close()
         await purges.close()
         await tally.close()
@@ -185,6 +184,17 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
 
     app.cleanup_ctx.append(closing)
     return app
+
+
+def _operators(app: web.Application, config: Config, store: Store, sinks: list[Sink]) -> web.Application:
+    """What is served at ``[admin] listen``."""
+    # Of what runs here nothing is waited for when the process ends, and nothing is refused.
+    around = edge.middleware(sinks, edge.Running())
+    operators = app[ADMIN_APP] = web.Application(middlewares=[around], client_max_size=config.server.max_body_bytes)
+    operators[READ_TIMEOUT_S] = config.server.read_timeout_s
+    _add_health(operators, store, app[RUNNING])
+    operators.router.add_get("/openapi.json", small.openapi_of_operators(config))
+    return operators
 
 
 def _states(router: Router) -> Iterator[UpstreamState]:
@@ -226,6 +236,13 @@ async def load_recordings(app: web.Application, config: Config) -> None:
 def _is_shared(config: Config) -> bool:
     """Whether answers are everybody's. Those of a file that is replayed are: nobody can tell who its tenants were."""
     return config.cache.scope == "shared" or (config.is_replay and bool(config.cache.recordings))
+
+
+def _reporter(pulse: Pulse, store: RedisStore, running: edge.Running, sinks: list[Sink]) -> Reporter:
+    """From now on the pulse is counted, and reported."""
+    pulse.open = lambda: running.streams
+    sinks.append(pulse)
+    return Reporter(pulse, store)
 
 
 def _cache_rules(config: Config) -> CacheRules:

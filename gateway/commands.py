@@ -10,9 +10,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from gateway.config import load
 from gateway.errors import CommandFailed
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gateway.remote import Remote
 
 Command = Callable[["Remote", argparse.Namespace], Coroutine[Any, Any, int]]
+_SHORTEST_INTERVAL_S, _LONGEST_INTERVAL_S = 0.05, 3600.0
 SELECTORS = ("key", "id", "stream", "namespace", "model", "tag")
 
 _EPILOG = """The gateway must have an admin key: [admin] key_env in its configuration names the variable that holds it.
@@ -37,7 +39,13 @@ example:
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the commands; each sets ``run``, which takes the options and returns the exit code."""
     stats = new_parser(commands, "stats", "hits, misses, and what they saved", "gateway stats --scan", _stats)
-    stats.add_argument("--scan", action="store_true", help="look at every entry, and tell how many there are and how large")
+    either = stats.add_mutually_exclusive_group()
+    either.add_argument("--scan", action="store_true", help="look at every entry, and tell how many there are and how large")
+    either.add_argument(
+        "--watch", action="store_true", help="show what happens now, until Ctrl-C; with --json a line an interval"
+    )
+    stats.add_argument("--interval", type=_seconds, default=2.0, metavar="S", help="how often --watch looks (default: 2)")
+    stats.add_argument("--count", type=positive, metavar="N", help="how many times --watch looks (default: without end)")
     listing = new_parser(commands, "list", "list what is stored", "gateway list --model 'gpt-*' --stale | head", _list)
     listing.add_argument("--namespace", help="only those of this namespace")
     listing.add_argument("--model", help="only those of this model, pattern or alias")
@@ -52,6 +60,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     show.add_argument("--part", choices=("body", "stream", "timing", "request"), help="only this, as it is stored")
     _add_purge(commands)
     _add_explain(commands)
+    _add_profile(commands)
 
 
 def _add_purge(commands: Any) -> None:
@@ -91,6 +100,23 @@ def _add_explain(commands: Any) -> None:
     )
 
 
+def _add_profile(commands: Any) -> None:
+    profile = new_parser(
+        commands,
+        "profile",
+        "tell how fast the models of recordings are, and how to simulate them",
+        "gateway profile --model 'gpt-*' --max-age 86400",
+        _profile,
+    )
+    profile.add_argument("--namespace", help="only recordings of this namespace")
+    profile.add_argument("--model", help="only those of this model, pattern or alias")
+    profile.add_argument("--tag", help="only those with this tag")
+    profile.add_argument("--max-age", type=float, metavar="S", help="only those that are not older")
+    profile.add_argument(
+        "--limit", type=positive, default=1000, metavar="N", help="look at no more than so many (default: 1000)"
+    )
+
+
 def new_parser(commands: Any, name: str, what: str, example: str, command: Command) -> argparse.ArgumentParser:
     """A command that talks to a running gateway."""
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -115,6 +141,16 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError("it must be a whole number, 1 or more")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not _SHORTEST_INTERVAL_S <= seconds <= _LONGEST_INTERVAL_S:
+        raise argparse.ArgumentTypeError(f"it must be a number from {_SHORTEST_INTERVAL_S:g} to {_LONGEST_INTERVAL_S:g}")
+    return seconds
 
 
 def _key(text: str) -> str:
@@ -206,11 +242,31 @@ def _url(host: str, port: int, key: str = "[server] port") -> str:
 async def _stats(remote: "Remote", options: argparse.Namespace) -> int:
     from gateway import tables  # noqa: PLC0415
 
+    if options.watch:
+        return await _watch(remote, options)
     with tables.progress("looked at", None) as tell:
         path = "/admin/stats?scan=true" if options.scan else "/admin/stats"
         found = await remote.watch("GET", path, None, tell)
     tables.document(found) if options.json else tables.stats(found)
     return 0
+
+
+async def _watch(remote: "Remote", options: argparse.Namespace) -> int:
+    from gateway import tables  # noqa: PLC0415
+    from gateway.core.rates import Watch  # noqa: PLC0415
+
+    watch, looks, before_at = Watch(), 0, 0.0
+    with tables.live() if not options.json else nullcontext(lambda figures: tables.lines([figures])) as show:
+        while True:
+            found = await remote.get("/admin/live")
+            figures = watch.look(found["reports"], found["at"], found["at"] - before_at)
+            if looks:
+                show({"at": found["at"], **figures})
+                sys.stdout.flush()
+            if looks == options.count:
+                return 0
+            looks, before_at = looks + 1, found["at"]
+            await asyncio.sleep(options.interval)
 
 
 async def _list(remote: "Remote", options: argparse.Namespace) -> int:
@@ -296,6 +352,26 @@ def caller_key(variable: str) -> str:
     if not (key and key.isprintable()):
         raise CommandFailed("the variable that --caller-key-env names is not set, or holds no key", 2)
     return key
+
+
+async def _profile(remote: "Remote", options: argparse.Namespace) -> int:
+    from gateway import tables  # noqa: PLC0415
+    from gateway.core.profile import config_of  # noqa: PLC0415
+
+    given = {
+        "namespace": options.namespace,
+        "model": options.model,
+        "tag": options.tag,
+        "max_age_s": options.max_age,
+        "limit": options.limit,
+    }
+    query = urlencode({name: value for name, value in given.items() if value is not None})
+    with tables.progress("looked at", None) as tell:
+        found = await remote.watch("GET", f"/admin/profile?{query}", None, tell)
+    timed = [(row["model"], row["fitted"]) for row in found["models"] if row["timed"]]
+    found["config"] = config_of(timed) if timed else ""
+    tables.document(found) if options.json else tables.profile(found)
+    return 0
 
 
 def _read_request(file: str) -> dict[str, Any]:

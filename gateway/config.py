@@ -6,15 +6,25 @@ the file, then the defaults here. No message and no ``repr`` shows a value that 
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed does not know it
 
 import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from gateway.core.faults import Fault, FaultKind, total_rate
@@ -22,6 +32,7 @@ from gateway.core.key import MAX_SAMPLES
 from gateway.core.pacing import Pace, PaceKind
 from gateway.core.policy import ModelRules, RuleBook
 from gateway.core.sentinel_url import SentinelUrl
+from gateway.core.simulation import Behaviour
 from gateway.errors import ConfigError
 
 WhenAbandoned = Literal["finish", "cancel", "finish_if_cacheable"]
@@ -29,6 +40,7 @@ DEFAULT_PATH = Path("config.toml")
 PREFIX = "GATEWAY_"
 _ALL = 1 + 1e-9
 """Shares that are added up."""
+_MAX_CORPUS_BYTES = 67_108_864
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -73,6 +85,27 @@ def _is_readable_if_asked(path: str, info: ValidationInfo) -> str:
     return _is_readable(path, info) if info.context is not None and info.context.asks else path
 
 
+def read_corpus(path: str) -> str:
+    """A text to speak from. Raises `ValueError`."""
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(_MAX_CORPUS_BYTES + 1)
+        text = content.decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read: {error.strerror if isinstance(error, OSError) else 'it is not UTF-8'}") from None
+    if len(content) > _MAX_CORPUS_BYTES:
+        raise ValueError(f"is larger than {_MAX_CORPUS_BYTES} bytes")
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+def _is_corpus(path: str, info: ValidationInfo) -> str:
+    if path and info.context is not None:
+        read_corpus(path)
+    return path
+
+
 def _not_both(file: str, info: ValidationInfo) -> str:
     """For the file of a secret that a variable may hold as well, by the same name but for its end."""
     other = (info.field_name or "").removesuffix("file") + "env"
@@ -84,6 +117,8 @@ def _not_both(file: str, info: ValidationInfo) -> str:
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+RateOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Slowdown = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -456,12 +491,55 @@ class LangChainUpstreamConfig(_UpstreamConfig):
         return (*self.arguments_env.values(), *self.arguments_file.values())
 
 
+class SimulatedProfile(_Section):
+    """What is different for some of a simulated upstream's models; None: as the upstream has it."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    ttft_s: SecondsOrZero | None = None
+    ttft_std_s: SecondsOrZero | None = None
+    prefill_tokens_per_s: RateOrZero | None = None
+    tokens_per_s: Rate | None = None
+    itl_std_s: SecondsOrZero | None = None
+    length_tokens: Count | None = None
+    length_std_tokens: RateOrZero | None = None
+    batch_size: CountOrZero | None = None
+    batch_slowdown: Slowdown | None = None
+
+
 class SimulatedUpstreamConfig(_UpstreamConfig):
     kind: Literal["simulated"]
     max_concurrent_calls: CountOrZero = 0
     ttft_s: SecondsOrZero = 0.3
+    ttft_std_s: SecondsOrZero = 0.0
+    prefill_tokens_per_s: RateOrZero = 0.0
     tokens_per_s: Rate = 40.0
+    itl_std_s: SecondsOrZero = 0.0
     length_tokens: Count = 120
+    length_std_tokens: RateOrZero = 0.0
+    batch_size: CountOrZero = 0
+    batch_slowdown: Slowdown = 1.0
+    corpus_file: Annotated[str, AfterValidator(_is_corpus)] = ""
+    seed: int = 0
+    profiles: tuple[SimulatedProfile, ...] = ()
+
+    def behaviour(self, model: str) -> Behaviour:
+        """Of the profiles whose names fit, the first that has a key holds."""
+        fitting = [each for each in self.profiles if any(fnmatchcase(model, name) for name in each.names)]
+        return self._behaviour(fitting)
+
+    def _behaviour(self, profiles: Sequence[SimulatedProfile]) -> Behaviour:
+        keys = [field.name for field in fields(Behaviour)]
+        layers = [*profiles, self]
+        found = {key: next(value for each in layers if (value := getattr(each, key)) is not None) for key in keys}
+        return Behaviour(**found)
+
+    @model_validator(mode="after")
+    def _slowdown_has_a_batch(self) -> Self:
+        for layers in ([], *([profile] for profile in self.profiles)):
+            behaviour = self._behaviour(layers)
+            if behaviour.batch_slowdown > 1 and behaviour.batch_size < 2:
+                raise ValueError("batch_slowdown says how slow a full batch is: it needs a batch_size of 2 or more")
+        return self
 
 
 UpstreamConfig = Annotated[

@@ -17,6 +17,7 @@ from gateway.core.stream_id import Cursor, format_cursor
 from gateway.errors import GatewayError, InvalidRequest, ShuttingDown, StreamDiverged, StreamLost
 from gateway.flight import Flight
 from gateway.pacer import Pacer
+from gateway.pulse import Meter
 
 # A long recording is written in pieces of about this size, so that a slow client's backlog stays small.
 _PIECE_BYTES = 65_536
@@ -59,6 +60,8 @@ class _Ending:
     ids: EventIds | None = None
     nonce = ""
     """What tells this reader from any other, where it can be resumed."""
+    meter: Meter | None = None
+    """What counts the frames that it gives."""
     over = False
     """Whether the caller had seen all there is, the end included."""
     _number = 0
@@ -138,10 +141,12 @@ class FlightReader(_Ending):
         if self._seeks() or self._error:  # in this order: who seeks may find an error
             return b""
         data, self._rest = self._rest, b""
-        flight = self.flight
+        flight, before = self.flight, self.at
         while self.at < flight.count and len(data) < _PIECE_BYTES:
             start = self.at - flight.base
             data += self._rendered(flight.frames[start : start + _PIECE_FRAMES], _PIECE_BYTES - len(data))
+        if self.meter and self.at > before:
+            self.meter.sent(self.at - before)
         return data
 
     def _rendered(self, frames: Sequence[Frame], room_bytes: int) -> bytes:
@@ -212,7 +217,10 @@ class FlightReader(_Ending):
             await self.flight.changed()
         if self._error and not self.flight.overflowed:
             raise self._error
-        return self.flight.whole()
+        body = self.flight.whole()
+        if self.meter:
+            self.meter.sent_whole(self.flight.count)
+        return body
 
     async def outcome(self, within_s: float) -> tuple[bool | None, str]:
         """Whether the answer is stored, or None where that does not turn out in time; and a word for why not."""
@@ -376,6 +384,8 @@ class RecordingReader(_Ending):
         """The whole stream, where nothing stands against sending it in one write."""
         if self.ids or self._after or not self._pace.is_instant or len(self.recording.sse or b"") > 4 * _PIECE_BYTES:
             return None
+        if self.meter:
+            self.meter.sent(self.recording.meta.frames)
         return self.recording.stream(self._identity, usage=self._usage)
 
     async def next(self, idle_s: float, push: Push = takes_nothing) -> bytes | None:
@@ -423,6 +433,8 @@ class RecordingReader(_Ending):
             await self._wait(self._next_due_s())
         if self.error:
             raise self.error
+        if self.meter:
+            self.meter.sent_whole(self.recording.meta.frames)
         return body
 
     async def outcome(self, within_s: float) -> tuple[bool | None, str]:  # noqa: ARG002  # a recording's is known
@@ -477,6 +489,10 @@ class RecordingReader(_Ending):
         while self._cursor < end and size < _PIECE_BYTES:
             size += len(frames[self._cursor])
             self._cursor += 1
+        if self.meter and self._cursor > start:
+            if not self._pace.is_instant:
+                self.meter.late(now_s - self.began_s - self._schedule[start])
+            self.meter.sent(self._cursor - start)
         return frames[start] if self._cursor == start + 1 else b"".join(frames[start : self._cursor])
 
     @property
@@ -594,6 +610,7 @@ class StandIn:
         if instead is None:
             raise error
         self.reader.leave()
+        instead.meter = self.reader.meter
         self.reader = instead
         self._shown = True
 

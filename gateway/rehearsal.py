@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from gateway.admin import Filters
-from gateway.app import RECORDINGS, RUNNER_OPTIONS, RUNNING, SERVICE, SystemClock, build_app, open_store
+from gateway.app import LIMITS, RECORDINGS, RUNNER_OPTIONS, RUNNING, SERVICE, SystemClock, build_app, open_store, patience
 from gateway.config import FALLBACK_UPSTREAM, Config, Loaded, SimulatedUpstreamConfig, load
 from gateway.errors import CommandFailed, ConfigError
 from gateway.http import rehearsing
@@ -75,7 +75,7 @@ async def _rehearse(task: Task) -> None:
         store, _ = await open_store(stack, loaded)
         app = build_app(loaded.config, store, live.router)
         app.middlewares.append(rehearsing.middleware(partial(_note, task.missed)))
-        server = HttpServer(app, app[RUNNING], RUNNER_OPTIONS)
+        server = HttpServer(app, app[RUNNING], patience(loaded.config), app[LIMITS], RUNNER_OPTIONS)
         stack.push_async_callback(server.close)
         await server.open()
         if task.mode != "record" and Path(task.recordings).exists():  # noqa: ASYNC240

@@ -32,6 +32,7 @@ from gateway.limits import Holding
 from gateway.missing import Missing
 from gateway.pacer import Pacer
 from gateway.ports import Clock, FlightId, LogName, Store, Want
+from gateway.pulse import Pulse
 from gateway.pump import Plan
 from gateway.purges import Purges
 from gateway.questions import CacheRules, Question, Questions, Request, Route, of_sample
@@ -79,6 +80,7 @@ class Service:
         purges: Purges,
         tally: Tally,
         missing: Missing,
+        pulse: Pulse | None = None,
     ) -> None:
         self._questions = questions
         self._missing = missing
@@ -89,6 +91,7 @@ class Service:
         self._purges = purges
         self._tally = tally
         self.pacer = Pacer(clock)
+        self._pulse = pulse
         self.replays: dict[RecordingReader, Holding] = {}
         """Those that go on."""
         self._watches: dict[RecordingReader, asyncio.Task[None]] = {}
@@ -102,6 +105,15 @@ class Service:
 
     async def open(self, request: Request) -> Opened:
         """Finds the answer, or begins it. The reader must be given back to `leave`. Raises `GatewayError`."""
+        if self._pulse is None:
+            return await self._open(request)
+        began_s = self._clock.monotonic()
+        opened = await self._open(request)
+        reader = opened.reader.reader if isinstance(opened.reader, StandIn) else opened.reader
+        reader.meter = self._pulse.meter(began_s, opened.disposition.kind)
+        return opened
+
+    async def _open(self, request: Request) -> Opened:
         route = self._questions.route(request)
         rules = self._questions.rules(request, route)
         if self.replays_only:
@@ -161,6 +173,7 @@ class Service:
         """From now on it goes on, until it is given back to `leave`."""
         holding = self.replays[reader] = self._flights.limits.held.holding()
         holding.become(reader.recording.size_bytes)
+
     async def ended(self) -> None:
         """Returns when no call runs, and all answers are stored that are to be."""
         await self._flights.ended()

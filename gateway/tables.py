@@ -6,15 +6,19 @@ Models, tags and texts are other people's: what could steer a terminal is shown 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
+
+from gateway.core import chart
 
 Tell = Callable[[int, int], object]
 
@@ -24,6 +28,8 @@ _NO_TERMINAL_WIDTH = 100_000
 _NARROWEST = 130
 _TELL_EVERY_S = 5.0
 _LONGEST_EXCERPT = 2000
+_LIVE_PAST = 60
+_CHART_ROWS, _CHART_WIDTH = 16, 60
 
 
 # JSON
@@ -186,6 +192,72 @@ def _nearest(nearest: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def profile(found: Mapping[str, Any]) -> None:
+    """Percentiles by model, how they are distributed, and the configuration that is like them."""
+    shares = ("p10", "p50", "p90", "p99")
+    names = [f"{what} {share.upper()}" for what in ("TTFT", "GAP") for share in shares]
+    table = _table("MODEL", "RECORDINGS", "TIMED", *names, "TOKENS/S", left=1)
+    for row in found["models"]:
+        times = [_ms_or_none(row[what][share]) for what in ("ttft_us", "gaps_us") for share in shares]
+        rate = row["fitted"].get("tokens_per_s")
+        _add(table, row["model"], row["recordings"], row["timed"], *times, "-" if rate is None else f"{rate:.1f}")
+    _print(table)
+    for row in found["models"]:
+        _chart(f"{row['model']}: time to the first token", row["ttft_us"]["histogram"])
+        _chart(f"{row['model']}: from one token to the next", row["gaps_us"]["histogram"])
+    if not found["complete"]:
+        _write(f"\na sample: {found['recordings']} of more recordings\n")
+    if found["config"]:
+        _write(f"\n# A simulated model that behaves alike:\n\n{found['config']}")
+
+
+def _chart(title: str, histogram: Sequence[chart.Span]) -> None:
+    if histogram:
+        _write(f"\n{_shown(title)}\n")
+    for begin_us, count, bar in chart.rows(histogram, most=_CHART_ROWS, width=_CHART_WIDTH):
+        _write(f"{_ms_or_none(begin_us):>12} │{bar}{f' {count}' if count else ''}\n")
+
+
+_LIVE_TIMES = {
+    "TTFT of hits": "ttft_hit_us",
+    "TTFT of misses": "ttft_miss_us",
+    "TTFT of collapsed": "ttft_collapsed_us",
+    "gaps": "gap_us",
+    "lateness of replays": "late_us",
+}
+
+
+@contextmanager
+def live() -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """Shows figures, again and again: in one place on a terminal, one below the other elsewhere."""
+    past: dict[str, deque[float]] = {name: deque(maxlen=_LIVE_PAST) for name in ("requests_per_s", "tokens_per_s")}
+    if not sys.stdout.isatty():
+        yield lambda figures: _print(_live_table(figures, past))
+        return
+    with Live(console=Console(file=sys.stdout), auto_refresh=False) as shown:
+        yield lambda figures: shown.update(_live_table(figures, past), refresh=True)
+
+
+def _live_table(figures: Mapping[str, Any], past: Mapping[str, "deque[float]"]) -> Table:
+    for name, values in past.items():
+        values.append(figures[name])
+    hit_rate = "-" if figures["hit_rate"] is None else f"{figures['hit_rate']:.1%}"
+    shown = {
+        "requests": f"{figures['requests_per_s']:.1f}/s  {chart.spark(past['requests_per_s'])}",
+        "tokens": f"{figures['tokens_per_s']:.0f}/s  {chart.spark(past['tokens_per_s'])}",
+        "hit rate": hit_rate,
+        "errors": f"{figures['errors_per_s']:.1f}/s",
+        "open streams": str(figures["open"]),
+        "busy processes": str(figures["processes"]),
+    }
+    for label, name in _LIVE_TIMES.items():
+        shown[label] = "  ".join(f"{share} {_ms_or_none(us)}" for share, us in (figures[name] or {}).items()) or "-"
+    table = Table(Column(no_wrap=True, style="bold"), Column(no_wrap=True), box=None, pad_edge=False, show_header=False)
+    for label, value in shown.items():
+        table.add_row(label, Text(value))
+    return table
+
+
 # Progress and questions
 
 
@@ -330,6 +402,10 @@ def _timing(timing: Mapping[str, Any]) -> str:
 
 def _ms(us: int) -> str:
     return f"{us / 1000:.1f} ms"
+
+
+def _ms_or_none(us: float | None) -> str:
+    return "-" if us is None else f"{us / 1000:.2f} ms" if us < 10_000 else f"{us / 1000:.0f} ms"
 
 
 def _day(at_s: float) -> str:

@@ -119,6 +119,7 @@ class FakeStore:
         self.told: dict[str, Callable[[FlightId], object]] = {}
         self.marked: list[Purge] = []
         self.counted: dict[str, float] = {}
+        self.reported: dict[str, bytes] = {}
         self.noted: dict[str, None] = {}
         self.page_size = 100
         self.lookups = self.claims = self.appends = self.reads = 0
@@ -130,7 +131,7 @@ class FakeStore:
 
     def replica_of(self, replica: str) -> "FakeStore":
         other = FakeStore(replica)
-        for shared in ("recordings", "replaced", "logs", "now", "rings", "told", "marked", "counted", "noted"):
+        for shared in ("recordings", "replaced", "logs", "now", "rings", "told", "marked", "counted", "reported", "noted"):
             setattr(other, shared, getattr(self, shared))
         return other
 
@@ -209,6 +210,19 @@ class FakeStore:
     async def counts(self) -> dict[str, float]:
         self._check()
         return {"since": FakeClock().now(), **self.counted} if self.counted else {}
+
+    async def report(self, process: str, report: bytes) -> None:
+        self._check()
+        self.reported[process] = report
+
+    async def reports(self) -> list[bytes]:
+        self._check()
+        return list(self.reported.values())
+
+    async def forget(self, processes: Sequence[str]) -> None:
+        self._check()
+        for process in processes:
+            self.reported.pop(process, None)
 
     async def recent(self, limit: int) -> list[CacheKey]:
         self._check()

@@ -9,6 +9,7 @@ from running import Got
 from stores import META, RECORDING
 
 from gateway.core.key import sample_key
+from gateway.core.recording import Recorder
 from gateway.eraser import Eraser, Wanted
 from gateway.errors import StoreUnavailable
 from gateway.http.admin import NDJSON
@@ -21,6 +22,8 @@ PATHS = [
     ("DELETE", "/admin/entries/" + "0" * 40),
     ("POST", "/admin/purge"),
     ("GET", "/admin/stats"),
+    ("GET", "/admin/live"),
+    ("GET", "/admin/profile"),
     ("POST", "/admin/explain"),
     ("GET", "/admin/recordings"),
     ("POST", "/admin/recordings"),
@@ -518,6 +521,121 @@ async def test_statistics_look_at_every_entry_where_that_is_asked(gateway):
     assert json.loads(lines[-1])["stored"] == stored
 
 
+# What happens now
+
+
+async def test_live_counts_are_of_all_processes_that_share_the_store(start):
+    one, other = await start(redis={"prefix": "live"}), await start(redis={"prefix": "live"})
+    await one.chat("hi", stream=True)
+    await one.landed()
+    await other.chat("hi", stream=True)
+    await other.chat("hi")
+    await other.chat("hi", model=5)
+    async for found in changing(one, "/admin/live"):
+        if sum(report["counts"]["requests"] for report in found["reports"]) == 4:
+            break
+    assert found["object"] == "cache.live"
+    ours, theirs = sorted(found["reports"], key=lambda report: report["counts"]["hits"])
+    assert {name: ours["counts"][name] for name in ("requests", "hits", "misses", "errors", "stored")} == {
+        "requests": 1, "hits": 0, "misses": 1, "errors": 0, "stored": 1,
+    }  # fmt: skip
+    assert {name: theirs["counts"][name] for name in ("requests", "hits", "misses", "errors")} == {
+        "requests": 3, "hits": 2, "misses": 0, "errors": 1,
+    }  # fmt: skip
+    frames = ours["counts"]["frames"]
+    assert (theirs["counts"]["frames"], ours["open"], theirs["open"]) == (2 * frames, 0, 0)
+    counted = {name: sum(count for _, count in pairs) for name, pairs in theirs["measured"].items()}
+    assert counted == {"ttft_hit_us": 1, "ttft_miss_us": 0, "ttft_collapsed_us": 0, "gap_us": 0, "late_us": 0}
+    counted = {name: sum(count for _, count in pairs) for name, pairs in ours["measured"].items()}
+    assert counted["ttft_miss_us"] == 1
+    assert counted["gap_us"] < frames
+
+
+async def changing(gateway, path):
+    """What it says there, again and again; in the end the test times out."""
+    while True:
+        yield (await ask(gateway, "GET", path)).json
+        await asyncio.sleep(0.02)
+
+
+async def test_streams_are_open_until_they_end_and_replays_that_keep_time_tell_how_late_they_are(start, upstream):
+    gateway = await start(replay={"pace": "fixed", "frames_per_s": 20.0})
+    await gateway.chat("hi", stream=True)
+    await gateway.landed()
+    running = asyncio.ensure_future(gateway.chat("hi", stream=True))
+    async for found in changing(gateway, "/admin/live"):
+        [report] = found["reports"]
+        if report["open"]:
+            break
+    await running
+    [report] = (await ask(gateway, "GET", "/admin/live")).json["reports"]
+    assert report["open"] == 0
+    assert sum(count for _, count in report["measured"]["late_us"]) > 1
+    assert sum(count for _, count in report["measured"]["gap_us"]) > 1
+
+
+# Profiles
+
+
+def spoken(count, *, gap_us=20_000):
+    """A recording in which so many tokens have come, the first after 100 ms."""
+    recorder = Recorder()
+    for place in range(count):
+        delta = {"choices": [{"index": 0, "delta": {"content": "a"}}]}
+        recorder.add(json.dumps({"id": "chatcmpl-1", "created": 5, **delta}).encode(), 100_000 + place * gap_us)
+    return recorder.recording(META._replace(frames=count), b"{}")
+
+
+async def store_spoken(gateway, number, count=5, **members):
+    recording = spoken(count)
+    meta = recording.meta._replace(flight=f"{number:016x}", ttl_s=600.0, written_at=gateway.now, usage=None, **members)
+    await gateway.store.store(f"{number:040x}", replace(recording, meta=meta))
+
+
+async def test_a_profile_tells_when_the_tokens_of_each_model_came(gateway):
+    for number in range(3):
+        await store_spoken(gateway, number, model="fast")
+    await store_spoken(gateway, 9, count=11, model="slow", whole=True)
+    found = (await ask(gateway, "GET", "/admin/profile")).json
+    assert (found["object"], found["recordings"], found["complete"]) == ("cache.profile", 4, True)
+    fast, slow = found["models"]
+    assert (fast["model"], fast["recordings"], fast["timed"]) == ("fast", 3, 3)
+    assert fast["ttft_us"]["p50"] == pytest.approx(100_000, rel=1 / 32)
+    assert fast["gaps_us"]["p99"] == pytest.approx(20_000, rel=1 / 32)
+    [(low, high, count)] = fast["gaps_us"]["histogram"]
+    assert (low <= 20_000 < high, count) == (True, 12)
+    assert fast["fitted"]["ttft_s"] == pytest.approx(0.1)
+    assert fast["fitted"]["tokens_per_s"] == pytest.approx(50)
+    assert (slow["model"], slow["timed"], slow["ttft_us"]["p50"]) == ("slow", 0, None)
+
+
+async def test_a_profile_looks_at_no_more_than_it_is_told_and_only_at_what_fits(gateway):
+    for number in range(450):
+        await store_spoken(gateway, number, model="one" if number % 2 else "two", tags=("red",) if number < 3 else ())
+    found = (await ask(gateway, "GET", "/admin/profile?limit=7")).json
+    assert (found["recordings"], found["complete"]) == (7, False)
+    assert found["scanned"] < 450
+    assert (await ask(gateway, "GET", "/admin/profile?model=one")).json["recordings"] == 225
+    assert (await ask(gateway, "GET", "/admin/profile?tag=red&namespace=")).json["recordings"] == 3
+    assert (await ask(gateway, "GET", "/admin/profile?min_age_s=60")).json["recordings"] == 0
+    lines = (await ask(gateway, "GET", "/admin/profile", headers={"Accept": NDJSON})).body.splitlines()
+    assert json.loads(lines[0])["object"] == "progress"
+    assert json.loads(lines[-1])["recordings"] == 450
+
+
+async def test_what_was_purged_or_does_not_load_is_no_part_of_a_profile(gateway):
+    for number in range(4):
+        await store_spoken(gateway, number)
+    await gateway.store._server.write(("HSET", gateway.store._keys.recording(f"{1:040x}"), "marks", b"x"))
+    await purge(gateway, key=f"{2:040x}")
+    assert (await ask(gateway, "GET", "/admin/profile")).json["recordings"] == 2
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=10001", "model=a&model=b", "cursor=1", "max_age_s=x"])
+async def test_a_profile_of_what_nobody_can_mean_is_refused(gateway, query):
+    assert (await ask(gateway, "GET", f"/admin/profile?{query}")).status == 400
+
+
 # Explanations
 
 
@@ -603,6 +721,8 @@ async def test_a_store_that_is_away_is_503_everywhere_and_nothing_is_marked(star
     await gateway.landed()
     own_redis.stop()
     for method, path in PATHS[1:]:
+        if path == "/admin/live":
+            continue
         body = {"all": True, "request": {"model": "m", "messages": []}}
         if method == "POST":
             body.pop("request" if path.endswith("purge") else "all")
@@ -612,6 +732,8 @@ async def test_a_store_that_is_away_is_503_everywhere_and_nothing_is_marked(star
             assert own_redis.url not in got.body.decode()
             if path.endswith("purge"):
                 assert got.json["error"]["marked"] is False
+    [report] = (await ask(gateway, "GET", "/admin/live")).json["reports"]  # its own it knows
+    assert report["counts"]["misses"] == 1
 
 
 @pytest.mark.parametrize("accept", ["*/*", NDJSON])

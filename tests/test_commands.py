@@ -12,9 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from served import PROGRAM, Served
+from served import ENVIRON, PROGRAM, Served
 
 from gateway.cli import main
+from gateway.config import load
 
 SECRET = "open-sesame"
 COMMANDS = {
@@ -23,6 +24,7 @@ COMMANDS = {
     "show": ["0" * 40],
     "purge": ["--all", "--yes"],
     "explain": ["request.json"],
+    "profile": [],
 }
 
 
@@ -110,6 +112,34 @@ async def test_list_filters_limits_and_goes_through_all_pages(gateway, run):
     assert len(await entries(run, "--limit", "2")) == 2
     code, out, _ = await run("list", "--stale")
     assert (code, out.split()[0]) == (0, "KEY")
+
+
+async def test_profile_prints_percentiles_charts_and_a_configuration_that_can_be_used(gateway, run, tmp_path):
+    await fill(gateway)
+    code, out, _ = await run("profile")
+    assert code == 0
+    head, first, second, *_ = out.splitlines()
+    assert head.split()[:3] == ["MODEL", "RECORDINGS", "TIMED"]
+    assert first.split()[:3] == ["model-1", "2", "2"]
+    assert second.startswith(r"mini\x1b[2J[bold]")
+    assert "\x1b" not in out
+    assert "model-1: time to the first token\n" in out
+    assert "█" in out
+    (tmp_path / "copied.toml").write_text(out.partition("\n# ")[2].partition("\n")[2], "utf-8")
+    [upstream] = load(tmp_path / "copied.toml", {}).config.upstreams
+    [row, _] = json.loads((await run("profile", "--json"))[1])["models"]
+    assert upstream.behaviour("model-1").ttft_s == pytest.approx(row["fitted"]["ttft_s"], rel=1e-3)
+    assert upstream.behaviour("mini\x1b[2J[bold]").length_tokens == row["fitted"]["length_tokens"]
+
+
+async def test_profile_filters_and_samples(gateway, run):
+    await fill(gateway)
+    code, out, _ = await run("profile", "--limit", "1", "--model", "model-*")
+    assert (code, "a sample: 1 of more recordings" in out) == (0, True)
+    found = json.loads((await run("profile", "--json", "--tag", "red", "--max-age", "60"))[1])
+    assert (found["recordings"], "[[upstreams.profiles]]" in found["config"]) == (1, True)
+    none = json.loads((await run("profile", "--json", "--namespace", "nobody"))[1])
+    assert (none["models"], none["config"]) == ([], "")
 
 
 async def test_show_prints_what_an_entry_has(gateway, run):
@@ -241,10 +271,42 @@ async def test_on_a_terminal_keys_are_whole_and_progress_is_shown(gateway, run):
     assert "3 looked at, 1 purged" in shown  # beside a bar
 
 
+async def test_stats_can_be_watched(gateway, run):
+    await gateway.chat("hi", stream=True)
+    await gateway.landed()
+    watching = asyncio.ensure_future(run("stats", "--watch", "--json", "--interval", "0.3", "--count", "4"))
+    while not watching.done():
+        await gateway.chat("hi", stream=True)
+    code, out, _ = await watching
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, len(lines)) == (0, 4)
+    assert all(line["processes"] == 1 and line["errors_per_s"] == 0 for line in lines)
+    assert any(line["requests_per_s"] > 0 and line["tokens_per_s"] > line["requests_per_s"] for line in lines)
+    assert {line["hit_rate"] for line in lines} <= {1, None}
+    busy = next(line for line in lines if line["ttft_hit_us"])
+    assert 0 < busy["ttft_hit_us"]["p50"] <= busy["ttft_hit_us"]["p99"]
+    assert busy["ttft_miss_us"] is None
+
+
+async def test_what_is_watched_is_shown_in_one_place_on_a_terminal_and_line_by_line_elsewhere(gateway, run):
+    access = ["--url", gateway.origin, "--key-env", "ADMIN"]
+    watch = ["stats", "--watch", "--interval", "0.1", "--count", "2"]
+    shown = await asyncio.to_thread(on_a_terminal, *watch, *access)
+    assert shown.count("hit rate") >= 2
+    assert "\x1b[1A" in shown  # over what was there before
+    code, out, _ = await run(*watch)
+    assert (code, out.count("busy processes       1\n"), "\x1b" in out) == (0, 2, False)
+
+
+@pytest.mark.parametrize("interval", ["0", "-1", "x", "nan", "1e9"])
+async def test_an_interval_that_nobody_can_wait_for_is_refused(run, interval):
+    assert (await run("stats", "--watch", "--interval", interval))[0] == 2
+
+
 def on_a_terminal(*arguments):
     """What a terminal of 80 columns is sent."""
     ours, theirs = pty.openpty()
-    environ = {"PATH": os.environ["PATH"], "ADMIN": SECRET, "TERM": "xterm", "COLUMNS": "80"}
+    environ = {**ENVIRON, "ADMIN": SECRET, "TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen([*PROGRAM, *arguments], env=environ, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         sent = b""

@@ -484,3 +484,40 @@ def test_no_secret_shows_when_a_configuration_is_printed():
 def test_what_serves_without_upstreams_is_the_simulated_model():
     assert Config().upstreams == ()
     assert (FALLBACK_UPSTREAM.kind, FALLBACK_UPSTREAM.default) == ("simulated", True)
+
+
+# Simulated clusters
+
+SIMULATED = {"name": "s", "kind": "simulated"}
+
+
+@pytest.mark.parametrize(
+    ("members", "problem"),
+    [
+        ({"profiles": [{"ttft_s": 1}]}, "upstreams.0.profiles.0.names: is missing"),
+        ({"profiles": [{"names": ["a"], "speed": 1}]}, "upstreams.0.profiles.0.speed: is not a key of the configuration"),
+        ({"profiles": [{"names": ["a"], "tokens_per_s": 0}]}, "upstreams.0.profiles.0.tokens_per_s: "),
+        ({"batch_slowdown": 0.5, "batch_size": 5}, "upstreams.0.batch_slowdown: "),
+        ({"batch_slowdown": 2}, "upstreams.0: batch_slowdown says how slow a full batch is"),
+        ({"profiles": [{"names": ["a"], "batch_slowdown": 2}]}, "upstreams.0: batch_slowdown says how slow a full batch is"),
+        ({"corpus_file": "nowhere.txt"}, "upstreams.0.corpus_file: cannot be read: No such file"),
+    ],
+)
+def test_what_is_wrong_with_a_simulated_cluster_is_told_by_its_path(members, problem):
+    [told] = upstreams_problems({**SIMULATED, **members})
+    assert told.startswith(problem)
+
+
+@pytest.mark.parametrize(("content", "problem"), [(b" \n", "is empty"), (b"\xff", "cannot be read: it is not UTF-8")])
+def test_a_corpus_that_cannot_be_spoken_from_is_refused(tmp_path, content, problem):
+    (tmp_path / "corpus.txt").write_bytes(content)
+    [told] = upstreams_problems({**SIMULATED, "corpus_file": str(tmp_path / "corpus.txt")})
+    assert told == f"upstreams.0.corpus_file: {problem} (from GATEWAY_UPSTREAMS)"
+
+
+def test_of_the_profiles_that_fit_the_first_that_has_a_key_holds():
+    profiles = [{"names": ["a"], "ttft_s": 1}, {"names": ["*"], "ttft_s": 2, "batch_size": 4, "batch_slowdown": 2}]
+    config = SimulatedUpstreamConfig(**SIMULATED, profiles=profiles, tokens_per_s=7)
+    one, other = config.behaviour("a"), config.behaviour("b")
+    assert (one.ttft_s, one.batch_size, one.tokens_per_s) == (1, 4, 7)
+    assert (other.ttft_s, other.batch_slowdown, other.length_tokens) == (2, 2, 120)

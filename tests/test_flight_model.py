@@ -267,6 +267,9 @@ class FlightModel(RuleBasedStateMachine):
         for caller in self.present:
             error = caller.reader._error
             beyond = caller.after > len(self.shown(caller.usage)) + 1
+            if error and error is self.flight.error:  # who has seen more than there is, is told why there is no more
+                assert beyond
+                continue
             reasons = {
                 UpstreamBroke: beyond and error is self.flight.error,  # else it might have come to there
                 type(None): True,

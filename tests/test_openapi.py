@@ -108,6 +108,8 @@ def test_the_administration_belongs_to_the_document_only_where_it_is_on():
         "GET /admin/",
         "GET /admin/entries",
         "GET /admin/entries/{key}",
+        "GET /admin/live",
+        "GET /admin/profile",
         "GET /admin/recordings",
         "GET /admin/stats",
         "POST /admin/explain",

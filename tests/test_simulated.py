@@ -343,3 +343,25 @@ async def test_no_other_path_is_served():
     with pytest.raises(PathNotFound, match="simulated"):
         async with upstream().relay("POST", "embeddings", {}, b""):
             pass
+
+
+async def test_through_the_gateway_it_limits_lengths_and_tells_usage_to_who_asks_for_it(start_gateway):
+    simulated = {
+        "name": "s",
+        "kind": "simulated",
+        "models": ["*"],
+        "ttft_s": 0,
+        "tokens_per_s": 1e6,
+        "length_std_tokens": 50,
+    }
+    gateway = await start_gateway(upstreams=[simulated])
+    plain = await gateway.chat("hi", stream=True, max_tokens=3)
+    asked = await gateway.chat("hi", stream=True, max_tokens=3, stream_options={"include_usage": True})
+    chunks = [orjson.loads(text) for text in plain.events[:-1]]
+    assert plain.events[-1] == asked.events[-1] == "[DONE]"
+    assert not any(chunk.get("usage") for chunk in chunks)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    usage = orjson.loads(asked.events[-2])["usage"]
+    assert usage["completion_tokens"] == 3
+    whole = (await gateway.chat("hi", max_tokens=3)).json
+    assert (whole["usage"], whole["choices"][0]["finish_reason"]) == (usage, "length")

@@ -514,6 +514,29 @@ async def test_counters_that_do_not_load_are_corrupt(backend):
         await store.counts()
 
 
+async def test_what_each_process_has_told_last_is_known_to_all(stores):
+    one, two = stores
+    assert await two.reports() == []
+    await one.report("a", b"1")
+    await two.report("b", b"2")
+    await one.report("a", b"3")
+    assert sorted(await one.reports()) == sorted(await two.reports()) == [b"2", b"3"]
+    await one.forget(["b", "nobody"])
+    assert await two.reports() == [b"3"]
+
+
+async def test_what_was_told_is_let_go_of_in_the_end_and_may_be_odd(backend):
+    store = await backend.store()
+    await store.report("a", b"1")
+    assert 80_000 < await backend.raw.ttl(f"{backend.prefix}:pulse") <= 86_400
+    await backend.raw.set(f"{backend.prefix}:pulse", "no hash")
+    with pytest.raises(StoreCorrupt):
+        await store.reports()
+    with pytest.raises(StoreError):
+        await store.report("a", b"1")
+    assert store.available
+
+
 # A server that is not well
 
 
@@ -522,6 +545,9 @@ def calls(store: Any) -> dict[str, Any]:
     return {
         "lookup": store.lookup(KEY, "meta"),
         "page": store.page(),
+        "report": store.report("a", b"1"),
+        "reports": store.reports(),
+        "forget": store.forget(["a"]),
         "inspect": store.inspect(KEY),
         "erase": store.erase([LOG], began_by_us=LATER),
         "erase current": store.erase([(KEY, CURRENT)], began_by_us=LATER),

@@ -41,6 +41,12 @@ _SERVED = (
     ("DELETE", "/admin/entries/{key}", "purges an entry with all its samples"),
     ("POST", "/admin/purge", "purges by key, id, stream, namespace, model, tag, or all: true; dry_run: true only counts"),
     ("GET", "/admin/stats", "hits, misses and what they saved; ?scan=true looks at every entry too"),
+    ("GET", "/admin/live", "what each process has counted since it began: of two answers the difference is what happens"),
+    (
+        "GET",
+        "/admin/profile",
+        "how fast the models of recordings are: ?namespace= &model= &tag= &min_age_s= &max_age_s= &limit=",
+    ),
     ("POST", "/admin/explain", "why a request (api, request, headers) is or is not answered from the cache"),
     (
         "GET",
@@ -61,6 +67,8 @@ def add_routes(app: web.Application, admin: Admin, about: Recordings, key: Calla
         handlers.delete,
         handlers.purge,
         handlers.stats,
+        handlers.live,
+        handlers.profile,
         handlers.explain,
         handlers.export,
         handlers.take,
@@ -157,6 +165,23 @@ class _Handlers:
         scan = query.boolean("scan")
         query.end()
         return await _reporting(request, lambda tell: self._admin.stats(scan=scan, tell=tell))
+
+    async def live(self, request: web.Request) -> web.Response:
+        _Query(request).end()
+        return _json(await self._admin.live())
+
+    async def profile(self, request: web.Request) -> web.StreamResponse:
+        query = _Query(request)
+        filters = Filters(
+            namespace=query.text("namespace"),
+            model=query.text("model"),
+            tag=query.text("tag"),
+            min_age_s=query.number("min_age_s", 0.0),
+            max_age_s=query.number("max_age_s", math.inf),
+        )
+        limit = query.whole("limit", 1000, least=1, most=_MOST_ENTRIES)
+        query.end()
+        return await _reporting(request, lambda tell: self._admin.profile(filters, limit, tell))
 
     async def explain(self, request: web.Request) -> web.Response:
         return _json(await self._admin.explain(_asked(await _object(request))))

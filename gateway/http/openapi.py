@@ -248,6 +248,12 @@ def _admin_paths() -> Json:
     found = _administered("getEntry", "One entry with all that is known of it.", "CacheEntryParts", part, errors=(404, 503))
     found["responses"]["200"]["content"] |= {"text/event-stream": {"schema": {"type": "string"}}}
     query = [_parameter(name, "query", schema) for name, schema in _ENTRIES_QUERY.items()]
+    profiled = [
+        _parameter(
+            name, "query", _ENTRIES_QUERY[name] | ({"default": 1000, "description": "How many."} if name == "limit" else {})
+        )
+        for name in ("namespace", "model", "tag", "min_age_s", "max_age_s", "limit")
+    ]
     purge = _reported(_administered("purge", "Deletes the entries that fit all that is named.", "Purged", body="Purge"))
     return {
         "/admin/": {"get": _administered("administration", "What is served here.", "AnyObject")},
@@ -262,6 +268,12 @@ def _admin_paths() -> Json:
         "/admin/purge": {"post": purge},
         "/admin/stats": {
             "get": _reported(_administered("stats", "How requests were answered, and what that saved.", "CacheStats", scan))
+        },
+        "/admin/live": {
+            "get": _administered("live", "What each process has counted since it began.", "CacheLive", errors=())
+        },
+        "/admin/profile": {
+            "get": _reported(_administered("profile", "How fast the models of recordings are.", "CacheProfile", *profiled))
         },
         "/admin/explain": {
             "post": _administered(
@@ -357,6 +369,34 @@ def _admin_schemas() -> Json:
         "entry": {"anyOf": [_ref("schemas", "CacheEntry"), {"type": "null"}]},
         "nearest": {"type": ["object", "null"], "description": "The recent entry that is most like it, and how it differs."},
     }
+    distribution = {
+        **{name: {"type": ["number", "null"]} for name in ("p10", "p50", "p90", "p99")},
+        "histogram": _array(_array(whole) | {"description": "Where a bucket begins, where it ends, how many are in it."}),
+    }
+    profiled = {
+        "model": text,
+        **dict.fromkeys(("recordings", "timed"), whole),
+        **dict.fromkeys(("ttft_us", "gaps_us"), _object(distribution, *distribution)),
+        "fitted": {"type": "object", "description": "The keys of a profile of a simulated upstream that behaves alike."},
+    }
+    report = {
+        "process": text,
+        **dict.fromkeys(("at", "began_at"), number),
+        "open": whole | {"description": "Streams that were being written then."},
+        "counts": {"type": "object", "additionalProperties": whole},
+        "measured": {
+            "type": "object",
+            "description": "Histograms, as the numbers of their buckets and how many are in each.",
+            "additionalProperties": _array(_array(whole)),
+        },
+    }
+    live = {"object": {"const": "cache.live"}, "at": number, "reports": _array(_object(report, *report))}
+    profile = {
+        "object": {"const": "cache.profile"},
+        **dict.fromkeys(("scanned", "recordings"), whole),
+        "complete": {"type": "boolean", "description": "Whether every recording that fits was looked at."},
+        "models": _array(_object(profiled, *profiled)),
+    }
     listing = {"object": {"const": "list"}, "data": _array(_ref("schemas", "CacheEntry")), "cursor": text, "scanned": whole}
     parts = {"timing": timing, "stream": texts, "body": {}, "request": {}, "samples": texts, "stored_bytes": whole}
     error = _object({"line": whole, "message": text}, "line", "message")
@@ -380,6 +420,8 @@ def _admin_schemas() -> Json:
             *("object", "since", "total", "models"),
         ),
         "Imported": _object({"object": {"const": "cache.import"}, **taken}, *taken),
+        "CacheLive": _object(live, *live),
+        "CacheProfile": _object(profile, *profile),
         "Explain": _object(explain, "request") | {"additionalProperties": False},
         "Explanation": _object({"object": {"const": "cache.explanation"}, **explained}, *explained),
     }

@@ -21,6 +21,7 @@ _PURGES_AT_ONCE = 1000
 MOST_RECENT = 256
 _RECENT_MS = 30 * 86_400_000
 _STATS_MS = 365 * 86_400_000
+_PULSE_MS = 86_400_000
 # No server refuses such a life: some count it in nanoseconds, one in 28 bits of seconds.
 _LONGEST_LIFE_S = 2**28 - 1
 _NO_END = -1  # as PTTL says it
@@ -104,6 +105,21 @@ class RedisInventory:
             return {name.decode(): float(count) for name, count in zip(pairs[::2], pairs[1::2], strict=True)}
         except ValueError as error:
             raise StoreCorrupt(f"a counter does not load: {error}") from None
+
+    async def report(self, process: str, report: bytes) -> None:
+        """Keeps what a process has to tell, in the place of what it told before."""
+        name = self._keys.pulse
+        for answer in await self._ask_all([("HSET", name, process, report), ("PEXPIRE", name, _PULSE_MS)]):
+            if isinstance(answer, StoreError):
+                raise answer
+
+    async def reports(self) -> list[bytes]:
+        """What each process has told last."""
+        return list(await self._server.run(("HVALS", self._keys.pulse), "steady"))
+
+    async def forget(self, processes: Sequence[str]) -> None:
+        """Lets go of what these have told."""
+        await self._server.write(("HDEL", self._keys.pulse, *processes))
 
     def _noting(self, *keys: CacheKey) -> list[Command]:
         """What makes them the most recent ones."""

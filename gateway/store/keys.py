@@ -20,6 +20,7 @@ Keys, all under ``[redis] prefix`` (``gw``); ``{K}`` is the cache key, ``F`` a f
 | `gw:purges`          | stream | `purge` (JSON), and `until` when it counts (ms, Redis' time); the ids are  | as its last  |
 |                      |        | the server's, so that a cursor never has one come in before it             | purge        |
 | `gw:recent`          | list   | the cache keys that were stored last, the latest first, 256 at most        | 30 days      |
+| `gw:pulse`           | hash   | process → what it has counted since it began (JSON), told while it is busy | a day        |
 | `gw:stats`           | hash   | counters of all replicas together, and `since` when (Unix seconds)         | a year       |
 
 A recording's `sse`, `body` and `req` may each be compressed: see `packing`. The keys without a ``{K}`` are never in one
@@ -59,6 +60,7 @@ class Keys:
         self.purges = f"{prefix}:purges"
         self.recent = f"{prefix}:recent"
         self.stats = f"{prefix}:stats"
+        self.pulse = f"{prefix}:pulse"
         self.bells = f"{prefix}:bell:"
         self.recordings = f"{prefix}:{{*}}:rec*"
         """The pattern of the names of recordings, replaced ones too. No prefix that the configuration takes is a pattern."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from gateway.core.apis.base import tokens
 
 _QUOTE_CHARS = 72
+_CHARS_PER_TOKEN = 8
 
 
 def quote(text: str) -> str:
@@ -33,6 +34,21 @@ def prose(rng: random.Random, topic: str, index: int, length_tokens: int) -> str
     # White space belongs to the token after it, so paragraphs cost nothing.
     paragraphs = [" ".join(sentences[at : at + 4]) for at in range(0, len(sentences), 4)]
     return "\n\n".join(paragraphs)
+
+
+def passage(corpus: str, rng: random.Random, length_tokens: int) -> str:
+    """Exactly ``length_tokens`` tokens of a text that is not empty, from the beginning of a line on, and round its end."""
+    start = corpus.rfind("\n", 0, rng.randrange(len(corpus)) + 1) + 1
+    size = _CHARS_PER_TOKEN * length_tokens
+    while True:
+        rest = corpus[start : start + size]
+        while len(rest) < size:
+            rest += "\n" + corpus[: size - len(rest)]
+        # The last piece may be cut: what is asked for has to end before it.
+        found = tokens(rest.lstrip())
+        if len(found) > length_tokens:
+            return "".join(found[:length_tokens])
+        size *= 2
 
 
 def _sentences(rng: random.Random, quote: str, index: int) -> Iterator[str]:

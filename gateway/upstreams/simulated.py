@@ -1,49 +1,64 @@
-"""A model of our own: always there, free, deterministic, and paced like a real one.
+"""A model of our own: always there, free, deterministic, and as slow as a cluster that serves real ones.
 
 For demonstrations, load tests and a first run without any credential. The same request is always answered by
-the same text, under a fresh identity. Nothing is kept from one call to the next.
+the same text, under a fresh identity; how long it takes is drawn from a seed. From one call to the next nothing is kept
+but their number, and who runs in which batch.
 """
 
 import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import orjson
 
-from gateway.config import SimulatedUpstreamConfig
+from gateway.config import SimulatedUpstreamConfig, read_corpus
 from gateway.core.apis import CHAT
 from gateway.core.apis.base import tokens
 from gateway.core.key import canonical_text
-from gateway.core.pacing import due_by
-from gateway.errors import InvalidRequest, PathNotFound
+from gateway.core.simulation import MAX_LENGTH_TOKENS, Batch, Behaviour
+from gateway.errors import ConfigError, InvalidRequest, PathNotFound
 from gateway.ports import Answer, Call, Relayed
 from gateway.upstreams.chunks import DONE, ChunkWriter, Json, count_choices, model_objects, prompts_of, stop_sequences
 from gateway.upstreams.example import Example
-from gateway.upstreams.prose import AGAIN, LIVE, prose, quote
+from gateway.upstreams.prose import AGAIN, LIVE, passage, prose, quote
 
 _TOKENS_PER_MESSAGE = 4
 
+_Turn = asyncio.Future[float]
+"""Of one call: when it came into the batch, by the clock of the loop."""
+
 
 class SimulatedUpstream:
-    """The deterministic model as an `Upstream`. It always streams, at ``tokens_per_s`` for each choice."""
+    """The deterministic models as an `Upstream`. They always stream, a token of each choice at a time."""
 
     passes_credential = False
 
     def __init__(self, config: SimulatedUpstreamConfig) -> None:
+        """Raises `ConfigError` where the corpus cannot be read."""
         self.name = config.name
         self._config = config
+        self._calls = 0
+        self._batches: dict[str, Batch[_Turn]] = {}
+        """Of the models that are being called."""
+        try:
+            self._corpus = read_corpus(config.corpus_file) if config.corpus_file else ""
+        except ValueError as error:
+            raise ConfigError([f"upstreams.{config.name}.corpus_file: {error}"]) from None
 
     @asynccontextmanager
     async def ask(self, call: Call) -> AsyncIterator[Answer]:
-        """The head is there at once, the first token after ``ttft_s``. Raises `InvalidRequest`."""
-        started_s = asyncio.get_running_loop().time()
-        scripts = _write(call, self._config.length_tokens)
-        async with aclosing(self._perform(call, scripts, started_s)) as batches:
-            yield Answer({}, batches=batches)
+        """The head is there at once; the first token comes when there is room in the batch. Raises `InvalidRequest`."""
+        behaviour = self._config.behaviour(call.body["model"])
+        with self._turn(call.body["model"], behaviour) as (turn, batch):
+            scripts = _Author(call, behaviour, self._config.seed, self._corpus).scripts()
+            self._calls += 1
+            draws = random.Random(f"{self._config.seed}:{self._calls}")  # noqa: S311  # nothing secret hangs on it
+            async with aclosing(_perform(call, scripts, _Pace(behaviour, batch, draws), turn)) as batches:
+                yield Answer({}, batches=batches)
 
     async def models(self, headers: Mapping[str, str]) -> list[Json]:  # noqa: ARG002  # the port's signature
         """Those that the configuration names exactly."""
@@ -62,22 +77,61 @@ class SimulatedUpstream:
     async def close(self) -> None:
         """Nothing is held open."""
 
-    async def _perform(self, call: Call, scripts: "list[_Script]", started_s: float) -> AsyncGenerator[list[bytes], None]:
-        now_s = asyncio.get_running_loop().time
-        writer = ChunkWriter.fresh(call)
-        steps = max(script.steps for script in scripts)
-        # Due times count from the start, not from the token before, so that lateness never adds up.
-        due_s = [self._config.ttft_s + step / self._config.tokens_per_s for step in range(steps)]
-        sent = 0
-        while sent < steps:
-            due = due_by(due_s, sent, now_s() - started_s)
-            if due == sent:
-                await asyncio.sleep(started_s + due_s[sent] - now_s())
-                continue
-            batch = [chunk for step in range(sent, due) for script in scripts for chunk in script.chunks_at(step, writer)]
-            if due == steps:
-                batch += (writer.usage(_usage(call, scripts)), DONE)
-            sent = due
+    @contextmanager
+    def _turn(self, model: str, behaviour: Behaviour) -> Iterator[tuple[_Turn, Batch[_Turn]]]:
+        """A place in the model's batch, or in the queue before it, from now on."""
+        batch = self._batches.setdefault(model, Batch(behaviour.batch_size))
+        loop = asyncio.get_running_loop()
+        turn: _Turn = loop.create_future()
+        if batch.enter(turn):
+            turn.set_result(loop.time())
+        try:
+            yield turn, batch
+        finally:
+            turn.cancel()
+            next_one = batch.leave(turn)
+            if next_one and not next_one.done():  # who has just given up hands its place on
+                next_one.set_result(loop.time())
+            if batch.is_empty:
+                self._batches.pop(model, None)
+
+
+class _Pace:
+    """How fast one call goes among those that run with it."""
+
+    def __init__(self, behaviour: Behaviour, batch: Batch[_Turn], draws: random.Random) -> None:
+        self.behaviour = behaviour
+        self.batch = batch
+        self.draws = draws
+        self._alone_s = behaviour.gaps_s(draws)
+
+    def first_token_s(self, prompt_tokens: int) -> float:
+        return self._slowed(self.behaviour.first_token_s(self.draws, prompt_tokens))
+
+    def gap_s(self) -> float:
+        return self._slowed(self._alone_s())
+
+    def _slowed(self, alone_s: float) -> float:
+        return alone_s * self.behaviour.slowdown(self.batch.running)
+
+
+async def _perform(call: Call, scripts: "list[_Script]", pace: _Pace, turn: _Turn) -> AsyncGenerator[list[bytes], None]:
+    now_s = asyncio.get_running_loop().time
+    prompt_tokens = _prompt_tokens(call)
+    # Due times count from the token before, not from when that was sent, so that lateness never adds up.
+    due_s = await turn + pace.first_token_s(prompt_tokens)
+    writer = ChunkWriter.fresh(call)
+    steps, step = max(script.steps for script in scripts), 0
+    while step < steps:
+        await asyncio.sleep(due_s - now_s())
+        batch, until_s = [], now_s()
+        while step < steps and due_s <= until_s:
+            batch += [chunk for script in scripts for chunk in script.chunks_at(step, writer)]
+            step += 1
+            due_s += pace.gap_s()
+        if step == steps:
+            batch += (writer.usage(_usage(prompt_tokens, scripts)), DONE)
+        if batch:
             yield batch
 
 
@@ -125,17 +179,6 @@ class _Script:
         return {"delta": {"content": token}}
 
 
-def _write(call: Call, length_tokens: int) -> list[_Script]:
-    """The scripts of all choices. Raises `InvalidRequest`."""
-    count_choices(call)
-    per_prompt = int(call.body.get("n") or 1)
-    write_one = _write_chat if call.api is CHAT else _write_completion
-    return [
-        write_one(call.body, topic, _random(call, index), index, length_tokens)
-        for index, topic in enumerate(topic for topic in _topics(call) for _ in range(per_prompt))
-    ]
-
-
 def _topics(call: Call) -> list[str]:
     """What each prompt is about. Token arrays are about nothing: there is no telling what they spell."""
     if call.api is CHAT:
@@ -143,35 +186,65 @@ def _topics(call: Call) -> list[str]:
     return [prompt if isinstance(prompt, str) else "" for prompt in prompts_of(call.body)]
 
 
-def _random(call: Call, index: int) -> random.Random:
-    """All chance of one choice: the same for the same request, in any process."""
-    digest = blake2b(digest_size=16)
-    for part in (call.api.name.encode(), call.body["model"].encode(), canonical_text(call.api, call.body), b"%d" % index):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return random.Random(digest.digest())  # noqa: S311  # nothing secret hangs on it
+class _Author:
+    """Writes what each choice of one answer says. All chance of it is the same for the same request, in any process."""
 
+    def __init__(self, call: Call, behaviour: Behaviour, seed: int, corpus: str) -> None:
+        self._call = call
+        self._body = call.body
+        self._behaviour = behaviour
+        self._seed = seed
+        self._corpus = corpus
 
-def _write_chat(body: Json, topic: str, rng: random.Random, index: int, length_tokens: int) -> _Script:
-    tool = _demanded_tool(body)
-    if tool is not None:
-        said, reason = _cut(Example(tool.get("parameters"), rng, topic).json(), body, "tool_calls", stops=[])
-        function = {"name": tool["name"], "arguments": ""}
-        head = {"id": f"call_{rng.randbytes(12).hex()}", "type": "function", "function": function}
-        return _Script(index, said, reason, chat=True, tool_call=head)
-    text = _json_answer(body.get("response_format"), rng, topic) or prose(rng, topic, index, length_tokens)
-    said, reason = _cut(text, body, "stop", stops=stop_sequences(body))
-    logprobs = _chat_logprobs(said, rng, body.get("top_logprobs")) if body.get("logprobs") else None
-    return _Script(index, said, reason, chat=True, logprobs=logprobs)
+    def scripts(self) -> list[_Script]:
+        """Of all choices. Raises `InvalidRequest`."""
+        count_choices(self._call)
+        per_prompt = int(self._body.get("n") or 1)
+        write_one = self._chat if self._call.api is CHAT else self._completion
+        topics = [topic for topic in _topics(self._call) for _ in range(per_prompt)]
+        return [write_one(topic, self._random(index), index) for index, topic in enumerate(topics)]
 
+    def _random(self, index: int) -> random.Random:
+        digest = blake2b(b"%d" % self._seed, digest_size=16)
+        api, body = self._call.api, self._body
+        for part in (api.name.encode(), body["model"].encode(), canonical_text(api, body), b"%d" % index):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return random.Random(digest.digest())  # noqa: S311  # nothing secret hangs on it
 
-def _write_completion(body: Json, topic: str, rng: random.Random, index: int, length_tokens: int) -> _Script:
-    echo = topic if body.get("echo") else ""
-    text = "\n\n" + prose(rng, topic, index, length_tokens)
-    said, reason = _cut(text, body, "stop", stops=stop_sequences(body))
-    wanted = body.get("logprobs")
-    logprobs = _text_logprobs(said, rng, wanted, len(echo)) if isinstance(wanted, int) else None
-    return _Script(index, said, reason, chat=False, echo=echo, logprobs=logprobs)
+    def _chat(self, topic: str, rng: random.Random, index: int) -> _Script:
+        body = self._body
+        tool = _demanded_tool(body)
+        if tool is not None:
+            said, reason = _cut(Example(tool.get("parameters"), rng, topic).json(), body, "tool_calls", stops=[])
+            function = {"name": tool["name"], "arguments": ""}
+            head = {"id": f"call_{rng.randbytes(12).hex()}", "type": "function", "function": function}
+            return _Script(index, said, reason, chat=True, tool_call=head)
+        text = _json_answer(body.get("response_format"), rng, topic) or self._text(topic, rng, index)
+        said, reason = _cut(text, body, "stop", stops=stop_sequences(body))
+        logprobs = _chat_logprobs(said, rng, body.get("top_logprobs")) if body.get("logprobs") else None
+        return _Script(index, said, reason, chat=True, logprobs=logprobs)
+
+    def _completion(self, topic: str, rng: random.Random, index: int) -> _Script:
+        body = self._body
+        echo = topic if body.get("echo") else ""
+        said, reason = _cut("\n\n" + self._text(topic, rng, index), body, "stop", stops=stop_sequences(body))
+        wanted = body.get("logprobs")
+        logprobs = _text_logprobs(said, rng, wanted, len(echo)) if isinstance(wanted, int) else None
+        return _Script(index, said, reason, chat=False, echo=echo, logprobs=logprobs)
+
+    def _text(self, topic: str, rng: random.Random, index: int) -> str:
+        length = self._length(rng)
+        return passage(self._corpus, rng, length) if self._corpus else prose(rng, topic, index, length)
+
+    def _length(self, rng: random.Random) -> int:
+        """As drawn, but what vLLM's servers are told by load generators holds: ``min_tokens`` and ``ignore_eos``."""
+        limit = _limit(self._body, "max_completion_tokens", "max_tokens")
+        if self._body.get("ignore_eos") is True and limit is not None:
+            # One more, so that it is the limit that ends it.
+            return min(limit, MAX_LENGTH_TOKENS) + 1
+        least = _limit(self._body, "min_tokens") or 0
+        return max(self._behaviour.length(rng), min(least, MAX_LENGTH_TOKENS))
 
 
 def _cut(text: str, body: Json, reason: str, *, stops: list[str]) -> tuple[list[str], str]:
@@ -180,14 +253,15 @@ def _cut(text: str, body: Json, reason: str, *, stops: list[str]) -> tuple[list[
     if found:
         text = text[: min(found)]
     said = tokens(text)
-    limit = _limit(body)
+    limit = _limit(body, "max_completion_tokens", "max_tokens")
     if limit is not None and len(said) > limit:
         return said[:limit], "length"
     return said, reason
 
 
-def _limit(body: Json) -> int | None:
-    for name in ("max_completion_tokens", "max_tokens"):
+def _limit(body: Json, *names: str) -> int | None:
+    """The first of these numbers that the request has. Raises `InvalidRequest`."""
+    for name in names:
         limit = body.get(name)
         if limit is None:
             continue
@@ -211,9 +285,8 @@ def _text(content: Any) -> str:
     return " ".join(text for text in texts if isinstance(text, str))
 
 
-def _usage(call: Call, scripts: list[_Script]) -> Json:
+def _usage(prompt: int, scripts: list[_Script]) -> Json:
     """Counts as plausible as the tokens are: these are pieces of about a token's length."""
-    prompt = _prompt_tokens(call)
     completion = sum(len(script.tokens) for script in scripts)
     return {
         "prompt_tokens": prompt,
