@@ -821,6 +821,22 @@ async def test_a_run_that_says_something_else_ends_the_stream_with_an_error(repl
     assert replicas.is_idle
 
 
+async def test_a_run_that_breaks_off_before_it_has_said_what_was_shown_is_no_other_way(replicas):
+    """Even where the first one had come to its finish reason: the second one has not."""
+    a, b, _ = replicas.start(lease_s=RUNS_OUT_S)
+    first = await a.open()
+    await a.asked()
+    follower = await b.open()
+    a.upstream.say(OPENING, HELLO, STOP)
+    await read_until(follower, '"stop"')
+    replicas.die(a, first)
+    await b.asked()
+    b.upstream.say(*second("Hel"))
+    b.upstream.end()
+    await read_all(follower)
+    assert follower.reader.error.code == "upstream_broke"
+
+
 async def test_a_second_leader_that_fails_is_an_error_for_all(replicas):
     _, followers, _, leader, _ = await begun_and_dead(replicas)
     leader.upstream.say(*second("Hello"), {"error": {"message": "It broke."}})
