@@ -1292,6 +1292,21 @@ async def test_a_store_that_is_away_at_the_end_costs_the_recording_and_nothing_e
     assert (await a.open()).disposition.kind in {"hit", "collapsed", "miss"}
 
 
+async def test_the_time_that_a_call_may_take_does_not_cut_off_its_storing(replicas):
+    total_s = 0.02
+    a, _, _ = replicas.start(total_timeout_s=total_s)
+    a.store.write_gate = asyncio.Event()
+    first = await a.open()
+    await a.asked()
+    a.upstream.say(OPENING, HELLO, STOP, DONE)
+    assert text_of(await read_all(first)) == "Hello"
+    loop, ended_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+    await come(lambda: loop.time() > ended_s + 2 * total_s)
+    a.store.write_gate.set()
+    await come(lambda: replicas.store.recordings)
+    assert replicas.log(first).ended
+
+
 async def test_nobody_waits_for_the_rest_of_what_ended_while_the_store_was_away(replicas, monkeypatch):
     """Though its lease still holds by then: who held it says that it is over."""
     monkeypatch.setattr("gateway.sharing._AGAIN_S", 0.01)

@@ -46,9 +46,7 @@ def _tasks() -> "set[Any]":
 def _holders(flight: object, but: tuple[object, ...]) -> str:
     """A flight, and what keeps it."""
     holders = [
-        each
-        for each in gc.get_referrers(flight)
-        if not any(each is one for one in but) and each is not sys._getframe(1)
+        each for each in gc.get_referrers(flight) if not any(each is one for one in but) and each is not sys._getframe(1)
     ]
     return f"{flight!r}: {[f'{type(each).__qualname__} {str(each)[:150]}' for each in holders[:6]]}"
 
