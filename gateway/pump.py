@@ -115,8 +115,8 @@ class Pump:
     async def run(self) -> None:
         """Raises `GatewayError` where the answer ends early."""
         try:
-            async with asyncio.timeout(self._total_s):
-                await self._ask()
+            async with asyncio.timeout(self._total_s) as total:
+                await self._ask(total)
         except TimeoutError:
             raise UpstreamTimeout(f"The upstream took longer than {self._total_s:g} s.") from None
         except Diverged as error:
@@ -124,8 +124,11 @@ class Pump:
         if self._flight.outcome:
             await self._table.keep(self._flight, self._plan)
 
-    async def _ask(self) -> None:
-        """How long an upstream may take to begin is its own business; how long it may pause after that is ours."""
+    async def _ask(self, total: asyncio.Timeout) -> None:
+        """How long an upstream may take to begin is its own business; how long it may pause after that is ours.
+
+        Storing has no part in ``total``: cut off there, the shared log would never be told to have ended.
+        """
         flight, plan = self._flight, self._plan
         async with plan.upstream.ask(plan.call) as answer:
             flight.served = answer.served
@@ -141,6 +144,7 @@ class Pump:
                 if self._continuation:
                     self._continuation.finish()
                 self._table.complete(flight, plan)
+                total.reschedule(None)
                 await asyncio.gather(self._table.keep(flight, plan), _drain(batches))
 
     async def _copy(self, batches: AsyncIterator[list[bytes]]) -> bool:
@@ -189,8 +193,10 @@ class Pump:
         return self._latest_us
 
     def _finished(self) -> bool:
+        """Whether this run has finished each choice: of one that goes on with another's, that run may have done it."""
         reasons, call = self._flight.recorder.finish_reasons, self._plan.call
-        return all(index in reasons for index in range(call.api.choices(call.body)))
+        is_used_up = self._continuation is None or self._continuation.is_used_up
+        return is_used_up and all(index in reasons for index in range(call.api.choices(call.body)))
 
 
 async def _drain(batches: AsyncIterator[list[bytes]]) -> None:

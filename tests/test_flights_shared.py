@@ -821,6 +821,22 @@ async def test_a_run_that_says_something_else_ends_the_stream_with_an_error(repl
     assert replicas.is_idle
 
 
+async def test_a_run_that_breaks_off_before_it_has_said_what_was_shown_is_no_other_way(replicas):
+    """Even where the first one had come to its finish reason: the second one has not."""
+    a, b, _ = replicas.start(lease_s=RUNS_OUT_S)
+    first = await a.open()
+    await a.asked()
+    follower = await b.open()
+    a.upstream.say(OPENING, HELLO, STOP)
+    await read_until(follower, '"stop"')
+    replicas.die(a, first)
+    await b.asked()
+    b.upstream.say(*second("Hel"))
+    b.upstream.end()
+    await read_all(follower)
+    assert follower.reader.error.code == "upstream_broke"
+
+
 async def test_a_second_leader_that_fails_is_an_error_for_all(replicas):
     _, followers, _, leader, _ = await begun_and_dead(replicas)
     leader.upstream.say(*second("Hello"), {"error": {"message": "It broke."}})
@@ -1274,6 +1290,21 @@ async def test_a_store_that_is_away_at_the_end_costs_the_recording_and_nothing_e
     await replicas.landed()
     a.store.broken = not comes_back
     assert (await a.open()).disposition.kind in {"hit", "collapsed", "miss"}
+
+
+async def test_the_time_that_a_call_may_take_does_not_cut_off_its_storing(replicas):
+    total_s = 0.02
+    a, _, _ = replicas.start(total_timeout_s=total_s)
+    a.store.write_gate = asyncio.Event()
+    first = await a.open()
+    await a.asked()
+    a.upstream.say(OPENING, HELLO, STOP, DONE)
+    assert text_of(await read_all(first)) == "Hello"
+    loop, ended_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+    await come(lambda: loop.time() > ended_s + 2 * total_s)
+    a.store.write_gate.set()
+    await come(lambda: replicas.store.recordings)
+    assert replicas.log(first).ended
 
 
 async def test_nobody_waits_for_the_rest_of_what_ended_while_the_store_was_away(replicas, monkeypatch):

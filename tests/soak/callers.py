@@ -15,6 +15,7 @@ from fleet import ADMIN_KEY, RESUME_S, Replica
 from journal import Journal
 from questions import MODELS, OWN, SHARED, TENANTS, Question
 
+_NEAR_S = 8.0
 _RECOVERS_WITHIN_S = 120.0
 """A caller that has been excused has its answer by then, whatever else breaks meanwhile."""
 _POPULAR = 30
@@ -327,7 +328,8 @@ class Callers:
         if fault:
             journal.excused[attempt.code or attempt.became, fault] += 1
         else:
-            journal.violate("an error that nothing excuses", f"{visit.kind}: {attempt}")
+            near = [str(window) for window in journal.faults(attempt.began_at - _NEAR_S, attempt.ended_at + _NEAR_S)]
+            journal.violate("an error that nothing excuses", f"{visit.kind}: {attempt}; faults about then: {near}")
         return bool(fault)
 
     async def _may_go_on(self, visit: Visit, attempt: Attempt) -> bool:

@@ -22,6 +22,8 @@ def _count(*_: object) -> None:
     kinds = Counter(type(each).__qualname__ for each in objects if type(each).__module__.partition(".")[0] == "gateway")
     names = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in tasks)
     held = [each for each in objects if type(each).__qualname__ == "Flight"]
+    if held:
+        gc.unfreeze()  # else what the service has frozen, its tables among it, is never named as who holds them
     told = {
         "tasks": names,
         "objects": len(objects),
@@ -44,9 +46,7 @@ def _tasks() -> "set[Any]":
 def _holders(flight: object, but: tuple[object, ...]) -> str:
     """A flight, and what keeps it."""
     holders = [
-        each
-        for each in gc.get_referrers(flight)
-        if not any(each is one for one in but) and not isinstance(each, type(sys._getframe()))
+        each for each in gc.get_referrers(flight) if not any(each is one for one in but) and each is not sys._getframe(1)
     ]
     return f"{flight!r}: {[f'{type(each).__qualname__} {str(each)[:150]}' for each in holders[:6]]}"
 
