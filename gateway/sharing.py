@@ -189,8 +189,10 @@ class Sharing:
         shared.on_fenced = partial(self._give_up, shared)
         shared.may_hold = self._store.is_writable
         self._shared[name.flight] = shared
-        # Not at once: an answer that comes at once need not be told in parts, and the first token is on its way now.
-        self._hurry(shared, asyncio.get_running_loop().time() + _HEARD_S)
+        # Not at once: an answer that comes at once need not be told in parts, and the first token is on its way now. A store
+        # that takes nothing is not soon to be tried.
+        soon_s = _HEARD_S if shared.may_hold else _AGAIN_S
+        self._hurry(shared, asyncio.get_running_loop().time() + soon_s)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
         return shared
@@ -225,7 +227,12 @@ class Sharing:
             shared.flight.followers.discard(shared)
 
     async def _finish(self, shared: Shared, outcome: Outcome, recording: Recording | None) -> bool:
-        await self._append_rest(shared, certain=recording is None)
+        if (
+            shared.flight.count
+        ):  # else there is no more to say than the end: where calls are refused, there are many of those
+            await self._append_rest(shared, certain=recording is None)
+        elif shared.fenced:
+            raise _fenced()
         name, writer, end = shared.name, shared.writer, _ended(outcome)
         if recording:
             return await self._store.store(name.key, recording, ends=name, writer=writer, end=end)
@@ -284,7 +291,7 @@ class Sharing:
         asked = bool(shared.sent_s) and not certain
         for _ in range(_MAX_ROUNDS):
             if shared.fenced:
-                raise StoreFenced("the log has another writer")
+                raise _fenced()
             if not shared.pending and asked:
                 return
             (result,) = await self._append([shared])
@@ -381,6 +388,10 @@ class Sharing:
         if shared := self._shared.get(flight):
             shared.called = True
             self._hurry(shared, 0.0)
+
+
+def _fenced() -> StoreFenced:
+    return StoreFenced("the log has another writer")
 
 
 def _ended(outcome: Outcome) -> bytes:

@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+_NAMED = 3
+"""Looking for what holds a flight takes so long that it is done for the last few only."""
 _DIRECTORY = os.environ.get("SOAK_COUNTS", "")
 
 
@@ -22,13 +24,11 @@ def _count(*_: object) -> None:
     kinds = Counter(type(each).__qualname__ for each in objects if type(each).__module__.partition(".")[0] == "gateway")
     names = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in tasks)
     held = [each for each in objects if type(each).__qualname__ == "Flight"]
-    if held:
-        gc.unfreeze()  # else what the service has frozen, its tables among it, is never named as who holds them
     told = {
         "tasks": names,
         "objects": len(objects),
         "kinds": kinds,
-        "flights": [_holders(each, (objects, held)) for each in held],
+        "flights": [_holders(each, (objects, held)) for each in held[:_NAMED]],
     }
     path = Path(_DIRECTORY, f"{os.getpid()}.json")
     path.with_suffix(".part").write_text(json.dumps(told))
@@ -43,12 +43,24 @@ def _tasks() -> "set[Any]":
         return set()  # a process without a loop
 
 
-def _holders(flight: object, but: tuple[object, ...]) -> str:
+def _holders(flight: Any, but: tuple[object, ...]) -> str:
     """A flight, and what keeps it."""
     holders = [
         each for each in gc.get_referrers(flight) if not any(each is one for one in but) and each is not sys._getframe(1)
     ]
-    return f"{flight!r}: {[f'{type(each).__qualname__} {str(each)[:150]}' for each in holders[:6]]}"
+    return f"{flight!r}: {_tables(flight)} {[f'{type(each).__qualname__} {str(each)[:150]}' for each in holders[:6]]}"
+
+
+def _tables(flight: Any) -> list[str]:
+    """The tables that it is in. The service has frozen them, so the collector does not tell of them."""
+    owner = getattr(getattr(flight.on_unread, "func", None), "__self__", None)
+    tables = {**vars(owner), **vars(owner._sharing)} if owner else {}
+    return [
+        name
+        for name, table in tables.items()
+        if isinstance(table, dict)
+        and any(flight in (key, value, getattr(value, "flight", None)) for key, value in table.items())
+    ]
 
 
 if _DIRECTORY:
