@@ -289,15 +289,24 @@ class NotCached(Unavailable):
 class NotRecorded(Unavailable):
     """In replay mode no model is asked, and there is no recording that would do.
 
-    ``key`` is what it would be stored under, ``nearest`` what the explanation of a miss says of the nearest recording.
+    ``key`` is what it would be stored under, ``nearest`` what the explanation of a miss says of the nearest recording;
+    ``request`` is the body that was asked, which its caller is not told again.
     """
 
     status = 504
     code = "not_recorded"
     detail = "not-recorded"
 
-    def __init__(self, message: str, *, key: str = "", nearest: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: str = "",
+        nearest: Mapping[str, Any] | None = None,
+        request: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message, headers={"x-should-retry": "false"})  # OpenAI's clients: it will be missing again
+        self.request = request
         self._told = {"key": key, "nearest": nearest} if key else {}
 
     def body(self) -> dict[str, Any]:

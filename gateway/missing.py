@@ -28,7 +28,7 @@ class Missing:
         """What to raise. Nothing is told of others' recordings."""
         asked = self._questions.asked(request)
         nearest = await self._nearest(asked, request)
-        return NotRecorded(_words(asked, nearest), key=asked.key, nearest=nearest)
+        return NotRecorded(_words(asked, nearest), key=asked.key, nearest=nearest, request=request.body)
 
     async def _nearest(self, asked: Asked, request: Request) -> dict[str, Any] | None:
         """None also where too many wait for theirs, or the store has gone."""

@@ -559,7 +559,7 @@ async def changing(gateway, path):
 
 
 async def test_streams_are_open_until_they_end_and_replays_that_keep_time_tell_how_late_they_are(start, upstream):
-    gateway = await start(replay={"pace": "fixed", "frames_per_s": 20.0})
+    gateway = await start(replay={"pace": "fixed", "tokens_per_s": 20.0})
     await gateway.chat("hi", stream=True)
     await gateway.landed()
     running = asyncio.ensure_future(gateway.chat("hi", stream=True))
@@ -571,7 +571,7 @@ async def test_streams_are_open_until_they_end_and_replays_that_keep_time_tell_h
     [report] = (await ask(gateway, "GET", "/admin/live")).json["reports"]
     assert report["open"] == 0
     assert sum(count for _, count in report["measured"]["late_us"]) > 1
-    assert sum(count for _, count in report["measured"]["gap_us"]) > 1
+    assert sum(count for _, count in report["measured"]["gap_us"]) >= 1
 
 
 # Profiles

@@ -16,6 +16,7 @@ from gateway.core.pacing import INSTANT, Pace
 from gateway.errors import UpstreamBroke
 from gateway.flight import Failed, Flight
 from gateway.observe import RequestDetails
+from gateway.pacer import Pacer
 from gateway.pulse import Pulse, Reporter
 from gateway.reader import FlightReader, RecordingReader, StandIn
 
@@ -83,7 +84,7 @@ def test_a_first_frame_is_counted_by_where_it_comes_from(pulse, clock, kind, nam
 
 def reader_of(clock, meter, pace):
     recording = replace(RECORDING, meta=META._replace(frames=2), marks=replace(RECORDING.marks, at_us=array("Q", (0, 10))))
-    reader = RecordingReader(recording, None, usage=True, pace=pace, clock=clock)
+    reader = RecordingReader(recording, None, usage=True, pace=pace, pacer=Pacer(clock))
     reader.meter = meter
     return reader
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import orjson
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
@@ -26,7 +25,7 @@ def middleware(note: Note) -> Middleware:
         except NotRecorded as error:
             if request.path in _PATHS:
                 said = error.body()["error"]
-                told = {"path": request.path, "request": orjson.loads(await request.read())}
+                told = {"path": request.path, "request": error.request}
                 note(told | {"message": error.message, "key": said.get("key", ""), "nearest": said.get("nearest")})
             raise
 
