@@ -91,7 +91,12 @@ class FaultyReader:
         return None
 
     async def head(self, within_s: float | None) -> Mapping[str, str] | None:
-        """See `FlightReader.head`; a first token that is slow keeps the head back, too."""
+        """See `FlightReader.head`; a first token that is slow keeps the head back, too.
+
+        What goes wrong before the first frame waits for none, and so for no head.
+        """
+        if self._reached and self._fault.kind in ("cut", "error"):
+            return {}
         await self._be_slow()
         return await self.reader.head(within_s)
 

@@ -173,6 +173,7 @@ print(*(name for name in sys.modules if name.startswith("langchain")))
 """
 
 
+@pytest.mark.slow
 def test_each_module_imports_alone_without_a_warning_and_none_imports_langchain():
     modules = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in FILES]
     command = [sys.executable, "-W", "error", "-c", IMPORT_EACH_ALONE, *modules]

@@ -193,6 +193,7 @@ async def test_a_cluster_that_is_not_there_holds_up_neither_start_nor_end(own_no
     assert [record.levelname for record in caplog.records if record.name.startswith("gateway")] == ["WARNING"]
 
 
+@pytest.mark.slow
 async def test_a_cluster_that_dies_counts_as_away(own_nodes, open_store):
     store = await open_store(own_nodes)
     await store.store(KEYS[0], RECORDING)

@@ -736,6 +736,7 @@ async def test_a_stream_ends_with_an_error_where_another_run_says_something_else
     assert replicas.keys("}:lease:") == replicas.keys("}:now") == []
 
 
+@pytest.mark.slow
 async def test_a_stream_ends_with_an_error_where_another_run_is_refused(replicas, shared_redis, upstream):
     async def refuses(asked: Asked) -> None:
         await asked.answer({"error": {"message": "Slow down.", "type": "requests", "code": "rate_limited"}}, 429)
@@ -767,6 +768,7 @@ async def test_a_stream_ends_with_an_error_where_another_run_is_refused(replicas
 # A leader hangs, or is cut off from Redis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(Hold("think"), "Hello"), ("Hel", Hold("think"), "lo")], ids=["at first", "later"])
 async def test_a_leader_that_waits_for_the_model_is_not_given_up(replicas, shared_redis, upstream, words):
     async def script(asked: Asked) -> None:
@@ -916,6 +918,7 @@ async def test_a_stream_survives_that_its_leader_and_its_log_are_lost_together(r
     assert (await replicas.hit(2)).body == followers[0].body
 
 
+@pytest.mark.slow
 async def test_streams_survive_that_their_leader_and_redis_are_lost_together(replicas, own_redis, upstream):
     await replicas.start(own_redis)
     upstream.script = in_turn(says(FIRST, "Hello", Hold("kill")), says(SECOND, "Hel", "lo wor", "ld"))
