@@ -102,16 +102,21 @@ class Mirror:
             log.debug("the doorbell of %r is not heard: %s", self._flight, error)
 
     async def _look(self) -> End | None:
-        loop = asyncio.get_running_loop()
+        loop, cursor = asyncio.get_running_loop(), self._cursor
         try:
             # A store that does not answer must not hold up what is due when the lease is over.
             async with asyncio.timeout_at(max(self._lease_until_s, loop.time() + _AGAIN_S)):
-                page = self._take(await self._read())
+                try:
+                    page = self._take(await self._read())
+                except WrittenAnew:
+                    if not await self._holds_what_was_seen():
+                        return "lost"
+                    self._cursor = cursor
+                    self._rung.set()
+                    return None
         except (StoreError, TimeoutError) as error:
             log.debug("the log of %r cannot be read: %s", self._flight, error)
             return "lost" if self._expired() and self._promised_until_s <= loop.time() else None
-        except WrittenAnew:
-            return "lost"
         if self._end:
             if self._goes_on and self._flight.readers and was_abandoned(self._end.end):
                 return "lost"
@@ -143,6 +148,17 @@ class Mirror:
             self._apply(entry)
         self._flight.cancel(page.cancelled)
         return page
+
+    async def _holds_what_was_seen(self) -> bool:
+        """Whether the log, which another run has written anew, goes on from no earlier place than has been read here."""
+        flight, head = self._flight, (await self._store.peek(self._name)).head
+        runs: list[tuple[str, int]] = [(run, first) for run, first in orjson.loads(head)["runs"]] if head else []
+        known = [place for place, (run, _) in enumerate(runs) if run == flight.runs[-1][0]]
+        followed_by = runs[known[0] + 1 :] if known else runs
+        if not runs or any(first < flight.count for _, first in followed_by):
+            return False
+        flight.runs = runs
+        return True
 
     def _apply(self, entry: Entry) -> None:
         flight = self._flight

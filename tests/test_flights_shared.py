@@ -991,6 +991,29 @@ async def test_a_log_that_another_run_has_written_anew_is_no_continuation_of_wha
     assert replicas.calls == [1, 1, 1]
 
 
+async def test_a_log_that_another_run_has_written_anew_is_read_on_by_who_had_seen_no_more_than_it(replicas):
+    a, b, c = replicas.start(lease_s=RUNS_OUT_S)
+    c.store.lease_s = 60.0
+    first = await a.open()
+    await a.asked()
+    followers = [await b.open(), await c.open()]
+    a.upstream.say(OPENING, HELLO)
+    seen = [await read_until(each, "Hello") for each in followers]
+    a.store.broken = c.store.broken = True
+    replicas.store.lose()
+    replicas.store.ring(named(first).flight)
+    await b.asked()
+    b.upstream.say(*second("Hello", " the", "re"))
+    await come(lambda: replicas.log(first).count == 4)
+    c.store.broken = False
+    replicas.store.ring(named(first).flight)
+    b.upstream.say(SECOND_STOP, DONE)
+    for before, each in zip(seen, followers, strict=True):
+        assert text_of(before + await whole_stream(each)) == "Hello there"
+    assert replicas.calls == [1, 1, 0]
+    assert flight_of(followers[1]).runs == flight_of(followers[0]).runs
+
+
 async def test_a_log_that_another_run_has_written_anew_is_not_taken_over(replicas, monkeypatch):
     first, (behind, seen_behind), (ahead, seen_ahead) = await written_anew(replicas)
     _, b, c = replicas.all

@@ -18,7 +18,7 @@ from fleet import PREFIX, RESUME_S, STALE_IF_ERROR_S, STALE_S, TTL_S, Replica, S
 # Whatever has a life is gone by then; connections that are kept for a next call, too.
 QUIET_WITHIN_S = TTL_S + max(STALE_S, STALE_IF_ERROR_S) + RESUME_S + 30.0
 # These outlive all answers (`gateway/store/keys.py`).
-LASTING_KEYS = frozenset(f"{PREFIX}:{name}" for name in ("secret", "stats", "recent", "purges"))
+LASTING_KEYS = frozenset(f"{PREFIX}:{name}" for name in ("secret", "stats", "recent", "purges", "pulse"))
 # What nobody holds once all is quiet.
 TRANSIENT = ("Flight", "FlightReader", "RecordingReader", "Opened", "Exchange", "Pump", "Recording", "Running")
 _ESTABLISHED, _CLOSE_WAIT = "01", "08"
