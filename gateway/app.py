@@ -213,7 +213,8 @@ def _metrics_handler(config: Config, metrics: Metrics, adjustable: Adjustable) -
 
 
 def _add_health(app: web.Application, store: Store, running: edge.Running) -> None:
-    app.router.add_get("/healthz", small.health(store))
+    for path in ("/healthz", "/health"):  # vLLM's: tools that drive its server look there first (guidellm)
+        app.router.add_get(path, small.health(store))
     app.router.add_get("/readyz", small.readiness(store, running))
 
 

@@ -30,7 +30,8 @@ Snapshot = list[dict[str, Any]]
 _EXACT = {
     path: path
     for path in (
-        "/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz", "/metrics", "/openapi.json", "/",
+        "/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/health", "/readyz", "/metrics",
+        "/openapi.json", "/",
     )
 }  # fmt: skip
 _BELOW = (

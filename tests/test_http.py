@@ -408,10 +408,11 @@ async def test_a_caller_without_a_credential_sends_none(gateway, upstream):
 # Small endpoints
 
 
-async def test_health_tells_the_stores_state(gateway, start_gateway, tmp_path):
-    assert (await ask(gateway, "GET", "/healthz")).json == {"status": "ok", "store": "ok"}
+@pytest.mark.parametrize("path", ["/healthz", "/health"])
+async def test_health_tells_the_stores_state(gateway, start_gateway, tmp_path, path):
+    assert (await ask(gateway, "GET", path)).json == {"status": "ok", "store": "ok"}
     away = await start_gateway(redis={"url": f"unix://{tmp_path}/nobody"})
-    got = await ask(away, "GET", "/healthz")
+    got = await ask(away, "GET", path)
     assert (got.status, got.json) == (200, {"status": "ok", "store": "unavailable"})
 
 

@@ -77,6 +77,7 @@ def test_the_document_is_openapi_3_1():
 def test_the_document_lists_what_is_served():
     assert sorted(name for name, _ in operations()) == [
         "GET /",
+        "GET /health",
         "GET /healthz",
         "GET /openapi.json",
         "GET /readyz",

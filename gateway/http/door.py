@@ -27,7 +27,7 @@ _IDLE_S = 1.0
 _MAX_LOOKS = 8
 _MAX_HEAD_BYTES = 8192
 # Those who watch over the process must not take it for dead because it is full.
-_ALWAYS_SERVED = (b"/healthz", b"/readyz", b"/metrics", b"/admin/")
+_ALWAYS_SERVED = (b"/healthz", b"/health", b"/readyz", b"/metrics", b"/admin/")
 _ACCEPTS_A_TURN = 32
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _ACCEPT_AGAIN_S = 0.05

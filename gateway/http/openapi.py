@@ -56,7 +56,7 @@ def operators_document(version: str, *, admin: bool, metrics: MetricsKind) -> Js
     return whole | {"paths": paths, "security": [{}]}
 
 
-_OF_OPERATORS = ("/healthz", "/readyz", "/metrics", "/openapi.json")
+_OF_OPERATORS = ("/healthz", "/health", "/readyz", "/metrics", "/openapi.json")
 
 
 def _served(version: str, relay_paths: Iterable[str]) -> Json:
@@ -89,6 +89,7 @@ def _served(version: str, relay_paths: Iterable[str]) -> Json:
             },
             **{f"/v1/{path}": {"post": _relayed(path)} for path in relay_paths},
             "/healthz": {"get": _get("health", "The process is up.", "Health", 405)},
+            "/health": {"get": _get("vllmHealth", "The same, at the path of vLLM's server.", "Health", 405)},
             "/readyz": {"get": _readiness()},
             "/openapi.json": {"get": _get("openapi", "This document.", "AnyObject", 405)},
             "/": {"get": _text("root", "What this is, in a few words.")},

@@ -14,7 +14,7 @@ from stage import Stage
 
 _CONNECTIONS = 16
 _TOKENS = 64
-_OFF = "[cache]\nmode = \"off\"\n"
+_OFF = '[cache]\nmode = "off"\n'
 
 Fault = Callable[[Stage], AbstractContextManager[str]]
 """Yields the URL of a Redis that has it."""
