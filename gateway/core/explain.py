@@ -142,23 +142,32 @@ def differences(ours: bytes, theirs: bytes) -> Iterator[Difference]:
 
 
 def nearest(ours: bytes, candidates: Iterable[tuple[K, bytes]]) -> Nearest[K] | None:
-    """The canonical text that differs least from ours, the first of several; None where there is no candidate.
+    """The canonical text that differs least from ours; None where there is no candidate.
 
-    Raises `ValueError` where a text is not JSON.
+    Of several it is the one whose first differing text has most in common with ours, else the first. Raises `ValueError`
+    where a text is not JSON.
     """
     parsed = orjson.loads(ours)
-    limit = _MAX_DIFFERING
+    least, alike = _MAX_DIFFERING, -1
     found: tuple[K, _Raw | None] | None = None
     for candidate, theirs in candidates:
-        differing, first = _distance(parsed, orjson.loads(theirs), limit)
-        if found is None or differing < limit:
-            found, limit = (candidate, first), differing
-        if not limit:
+        differing, first = _distance(parsed, orjson.loads(theirs), min(least + 1, _MAX_DIFFERING))
+        if differing <= least and (differing, -(in_common := _in_common(first))) < (least, -alike):
+            found, least, alike = (candidate, first), differing, in_common
+        if not least:
             break
     if found is None:
         return None
     candidate, first = found
-    return Nearest(candidate, limit, _shown(first) if first else None)
+    return Nearest(candidate, least, _shown(first) if first else None)
+
+
+def _in_common(raw: _Raw | None) -> int:
+    """How many characters two texts share at their beginnings and ends."""
+    if raw is None or not (isinstance(raw.ours, str) and isinstance(raw.theirs, str)):
+        return 0
+    at = _first_difference(raw.ours, raw.theirs)
+    return at + _first_difference(raw.ours[at:][::-1], raw.theirs[at:][::-1])
 
 
 def _distance(ours: Any, theirs: Any, limit: int) -> tuple[int, _Raw | None]:

@@ -247,6 +247,13 @@ def test_the_nearest_has_the_fewest_differing_leaves():
     assert near({"a": {}}, {"a": []})[:2] == (0, 1)
 
 
+def test_of_equally_near_ones_that_is_taken_whose_text_has_most_in_common_with_ours():
+    asked = {"q": "What is a gate, and why?"}
+    assert near(asked, {"q": "What is a?"}, {"q": "What is a gateway, and why?"}, {"q": "And why?"}).candidate == 1
+    assert near(asked, {"q": "Why?"}, {"q": "Who is this, and why?"}, {"q": 5}).candidate == 1
+    assert near({"q": "aa"}, {"q": "aaaa"}, {"q": "aa", "r": "aaaa"}, {"q": "aaa"}).candidate == 0
+
+
 def test_of_equally_near_ones_the_first_is_taken():
     assert near({"a": 1}, {"a": 2}, {"a": 3}).candidate == 0
     assert near({"a": [1] * 2000}, {"a": [2] * 2000}, {"a": [3] * 1500}) == (0, 1000, Difference("a.0", "value", 1, 2))
@@ -275,5 +282,8 @@ def test_none_is_nearer_than_the_nearest(ours, others):
     found = near(ours, *others)
     alone = [near(ours, other).differing for other in others]
     assert found.differing == min(alone)
-    assert found.candidate == alone.index(min(alone))
+    nearest_ones = [place for place, differing in enumerate(alone) if differing == min(alone)]
+    assert found.candidate in nearest_ones
+    if not any(isinstance(near(ours, others[place]).first.ours, str) for place in nearest_ones if alone[place]):
+        assert found.candidate == nearest_ones[0]
     assert found.first == next(iter(told(ours, others[found.candidate])), None)
