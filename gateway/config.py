@@ -496,12 +496,12 @@ class SimulatedProfile(_Section):
 
     names: Annotated[tuple[str, ...], Field(min_length=1)]
     ttft_s: SecondsOrZero | None = None
-    ttft_std_s: SecondsOrZero | None = None
+    ttft_sd_s: SecondsOrZero | None = None
     prefill_tokens_per_s: RateOrZero | None = None
     tokens_per_s: Rate | None = None
-    itl_std_s: SecondsOrZero | None = None
+    itl_sd_s: SecondsOrZero | None = None
     length_tokens: Count | None = None
-    length_std_tokens: RateOrZero | None = None
+    length_sd_tokens: RateOrZero | None = None
     batch_size: CountOrZero | None = None
     batch_slowdown: Slowdown | None = None
 
@@ -510,12 +510,12 @@ class SimulatedUpstreamConfig(_UpstreamConfig):
     kind: Literal["simulated"]
     max_concurrent_calls: CountOrZero = 0
     ttft_s: SecondsOrZero = 0.3
-    ttft_std_s: SecondsOrZero = 0.0
+    ttft_sd_s: SecondsOrZero = 0.0
     prefill_tokens_per_s: RateOrZero = 0.0
     tokens_per_s: Rate = 40.0
-    itl_std_s: SecondsOrZero = 0.0
+    itl_sd_s: SecondsOrZero = 0.0
     length_tokens: Count = 120
-    length_std_tokens: RateOrZero = 0.0
+    length_sd_tokens: RateOrZero = 0.0
     batch_size: CountOrZero = 0
     batch_slowdown: Slowdown = 1.0
     corpus_file: Annotated[str, AfterValidator(_is_corpus)] = ""

@@ -352,7 +352,7 @@ async def test_through_the_gateway_it_limits_lengths_and_tells_usage_to_who_asks
         "models": ["*"],
         "ttft_s": 0,
         "tokens_per_s": 1e6,
-        "length_std_tokens": 50,
+        "length_sd_tokens": 50,
     }
     gateway = await start_gateway(upstreams=[simulated])
     plain = await gateway.chat("hi", stream=True, max_tokens=3)

@@ -69,7 +69,7 @@ def test_a_prompt_takes_as_long_as_it_is():
 
 
 def test_times_deviate_and_do_so_again_from_the_same_seed():
-    settings = {"ttft_std_s": 0.5, "itl_std_s": 0.05}
+    settings = {"ttft_sd_s": 0.5, "itl_sd_s": 0.05}
 
     async def twice(seed):
         sim = upstream(seed=seed, **settings)
@@ -83,7 +83,7 @@ def test_times_deviate_and_do_so_again_from_the_same_seed():
 
 def test_what_is_said_does_not_hang_on_when():
     async def both():
-        sim = upstream(length_std_tokens=40.0, length_tokens=100, itl_std_s=0.1)
+        sim = upstream(length_sd_tokens=40.0, length_tokens=100, itl_sd_s=0.1)
         return await said_by(sim, chat()), await said_by(sim, chat()), await said_by(sim, chat("else"))
 
     one, same, other = virtual.run(both())
@@ -98,7 +98,7 @@ def test_a_seed_chooses_the_text_as_well():
 
 def test_lengths_are_drawn_by_request_and_the_limit_holds():
     async def all_of():
-        sim = upstream(length_tokens=100, length_std_tokens=60.0)
+        sim = upstream(length_tokens=100, length_sd_tokens=60.0)
         return [await said_by(sim, chat(f"{number}", max_tokens=120)) for number in range(40)]
 
     said = virtual.run(all_of())
@@ -241,12 +241,12 @@ def test_a_corpus_that_has_vanished_is_told(tmp_path):
 def test_a_profile_of_its_recordings_gives_its_parameters_back():
     told = {
         "ttft_s": 0.4,
-        "ttft_std_s": 0.08,
+        "ttft_sd_s": 0.08,
         "prefill_tokens_per_s": 1500.0,
         "tokens_per_s": 25.0,
-        "itl_std_s": 0.01,
+        "itl_sd_s": 0.01,
         "length_tokens": 60,
-        "length_std_tokens": 30.0,
+        "length_sd_tokens": 30.0,
     }
 
     async def profiled():

@@ -197,10 +197,10 @@ class Profile:
             return {}
         line, slope = self._ttft_by_prompt, self._ttft_by_prompt.slope
         if not slope or line.at_0(slope) < 0:
-            return {"ttft_s": self._ttft_s.mean, "ttft_std_s": self._ttft_s.deviation, "prefill_tokens_per_s": 0.0}
+            return {"ttft_s": self._ttft_s.mean, "ttft_sd_s": self._ttft_s.deviation, "prefill_tokens_per_s": 0.0}
         return {
             "ttft_s": line.at_0(slope),
-            "ttft_std_s": line.deviation(slope),
+            "ttft_sd_s": line.deviation(slope),
             "prefill_tokens_per_s": 1 / slope,
         }
 
@@ -208,13 +208,13 @@ class Profile:
         gap_s = self._gap_of_a_token_s
         if gap_s.mean <= 0:
             return {}
-        return {"tokens_per_s": 1 / gap_s.mean, "itl_std_s": gap_s.deviation}
+        return {"tokens_per_s": 1 / gap_s.mean, "itl_sd_s": gap_s.deviation}
 
     def _fitted_lengths(self) -> dict[str, float]:
         lengths = self._whole_lengths if self._whole_lengths.count else self._lengths
         if not lengths.count:
             return {}
-        return {"length_tokens": max(1, round(lengths.mean)), "length_std_tokens": lengths.deviation}
+        return {"length_tokens": max(1, round(lengths.mean)), "length_sd_tokens": lengths.deviation}
 
 
 def config_of(models: Sequence[tuple[str, Mapping[str, float]]]) -> str:

@@ -33,15 +33,15 @@ class Behaviour:
 
     ttft_s: float = 0.3
     """To the first token of a call that runs alone, beside what its prompt costs."""
-    ttft_std_s: float = 0.0
+    ttft_sd_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     """How fast a prompt is read; 0: in no time."""
     tokens_per_s: float = 40.0
     """After the first token, for a call that runs alone."""
-    itl_std_s: float = 0.0
+    itl_sd_s: float = 0.0
     """The deviation of the time from one token to the next."""
     length_tokens: float = 120.0
-    length_std_tokens: float = 0.0
+    length_sd_tokens: float = 0.0
     batch_size: int = 0
     """How many calls run at a time; 0: any number, and none slows another."""
     batch_slowdown: float = 1.0
@@ -50,15 +50,15 @@ class Behaviour:
     def first_token_s(self, chance: Chance, prompt_tokens: int) -> float:
         """From the moment in which a call is in the batch."""
         prefill_s = prompt_tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
-        return _lognormal(chance, self.ttft_s + prefill_s, self.ttft_std_s)()
+        return _lognormal(chance, self.ttft_s + prefill_s, self.ttft_sd_s)()
 
     def gaps_s(self, chance: Chance) -> Callable[[], float]:
         """Draws the times from one token to the next."""
-        return _lognormal(chance, 1 / self.tokens_per_s, self.itl_std_s)
+        return _lognormal(chance, 1 / self.tokens_per_s, self.itl_sd_s)
 
     def length(self, chance: Chance) -> int:
         """Of one answer, in tokens: at least 1."""
-        mean, deviation = self.length_tokens, self.length_std_tokens
+        mean, deviation = self.length_tokens, self.length_sd_tokens
         if not deviation:
             return max(1, round(mean))
         drawn = chance.gammavariate((mean / deviation) ** 2, deviation**2 / mean)

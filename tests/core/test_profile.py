@@ -47,11 +47,11 @@ def test_the_parameters_of_a_simulated_model_come_out_of_its_recordings(
     found = profile.fitted()
     error = 5 / math.sqrt(ANSWERS)
     assert found["ttft_s"] == pytest.approx(told.ttft_s, rel=error * ttft_share + 0.001)
-    assert found["ttft_std_s"] == pytest.approx(told.ttft_std_s, rel=0.4)
+    assert found["ttft_sd_s"] == pytest.approx(told.ttft_sd_s, rel=0.4)
     assert found["tokens_per_s"] == pytest.approx(told.tokens_per_s, rel=0.05)
-    assert found["itl_std_s"] == pytest.approx(told.itl_std_s, rel=0.15)
+    assert found["itl_sd_s"] == pytest.approx(told.itl_sd_s, rel=0.15)
     assert found["length_tokens"] == pytest.approx(told.length_tokens, rel=error * length_share + 0.01)
-    assert found["length_std_tokens"] == pytest.approx(told.length_std_tokens, rel=0.4)
+    assert found["length_sd_tokens"] == pytest.approx(told.length_sd_tokens, rel=0.4)
     assert found["prefill_tokens_per_s"] == 0 or found["ttft_s"] < told.ttft_s
 
 
@@ -65,7 +65,7 @@ def test_what_a_prompt_costs_comes_out_too(seed, ttft_s, rate):
     found = profile.fitted()
     assert found["prefill_tokens_per_s"] == pytest.approx(rate, rel=0.15)
     assert found["ttft_s"] == pytest.approx(ttft_s, abs=0.2 * ttft_s)
-    assert found["ttft_std_s"] == pytest.approx(0.2 * ttft_s, rel=0.3)
+    assert found["ttft_sd_s"] == pytest.approx(0.2 * ttft_s, rel=0.3)
 
 
 def test_percentiles_are_those_of_what_was_seen():
@@ -88,9 +88,9 @@ def test_of_a_prompt_that_costs_more_than_everything_the_mean_is_told():
 def test_lengths_are_those_of_answers_that_ended_by_themselves_where_there_are_any():
     profile = Profile()
     profile.add(Observed((), 10, None, ended=False))
-    assert profile.fitted() == {"length_tokens": 10, "length_std_tokens": 0}
+    assert profile.fitted() == {"length_tokens": 10, "length_sd_tokens": 0}
     profile.add(Observed((), 80, None, ended=True))
-    assert profile.fitted() == {"length_tokens": 80, "length_std_tokens": 0}
+    assert profile.fitted() == {"length_tokens": 80, "length_sd_tokens": 0}
 
 
 def test_of_nothing_nothing_is_known():
@@ -177,7 +177,7 @@ def test_marks_are_what_times_are_taken_from():
 
 @pytest.mark.parametrize("model", ["gpt-4o", 'odd "name" \\ \x7f\n', "with*stars?and[brackets]", "müller/größe-1 🎈"])
 def test_the_configuration_is_one_and_means_this_model_only(tmp_path, model):
-    fitted = {"ttft_s": 0.123456, "tokens_per_s": 12345.6, "length_tokens": 90, "length_std_tokens": 0.0}
+    fitted = {"ttft_s": 0.123456, "tokens_per_s": 12345.6, "length_tokens": 90, "length_sd_tokens": 0.0}
     (tmp_path / "c.toml").write_text(config_of([(model, fitted), ("other", {"ttft_s": 9.0})]), "utf-8")
     [upstream] = load(tmp_path / "c.toml", {}).config.upstreams
     behaviour = upstream.behaviour(model)

@@ -26,7 +26,7 @@ def is_distributed(drawn, mean, deviation):
 @settings(max_examples=25)
 @given(seed=seeds, mean=means, share=shares)
 def test_gaps_have_the_mean_and_the_deviation_that_they_should(seed, mean, share):
-    draw = Behaviour(tokens_per_s=1 / mean, itl_std_s=share * mean).gaps_s(random.Random(seed))
+    draw = Behaviour(tokens_per_s=1 / mean, itl_sd_s=share * mean).gaps_s(random.Random(seed))
     drawn = [draw() for _ in range(DRAWS)]
     is_distributed(drawn, mean, share * mean)
     assert min(drawn) > 0
@@ -35,7 +35,7 @@ def test_gaps_have_the_mean_and_the_deviation_that_they_should(seed, mean, share
 @settings(max_examples=25)
 @given(seed=seeds, mean=means, share=shares, prompt=st.integers(0, 100_000), rate=st.floats(10, 1e5))
 def test_a_first_token_takes_its_time_and_that_of_its_prompt(seed, mean, share, prompt, rate):
-    behaviour = Behaviour(ttft_s=mean, ttft_std_s=share * mean, prefill_tokens_per_s=rate)
+    behaviour = Behaviour(ttft_s=mean, ttft_sd_s=share * mean, prefill_tokens_per_s=rate)
     rng = random.Random(seed)
     drawn = [behaviour.first_token_s(rng, prompt) for _ in range(DRAWS)]
     is_distributed(drawn, mean + prompt / rate, share * mean)
@@ -44,14 +44,14 @@ def test_a_first_token_takes_its_time_and_that_of_its_prompt(seed, mean, share, 
 @settings(max_examples=25)
 @given(seed=seeds, mean=st.integers(100, 1000), share=st.floats(0.05, 1.0))
 def test_lengths_have_the_mean_and_the_deviation_that_they_should(seed, mean, share):
-    rng, behaviour = random.Random(seed), Behaviour(length_tokens=mean, length_std_tokens=share * mean)
+    rng, behaviour = random.Random(seed), Behaviour(length_tokens=mean, length_sd_tokens=share * mean)
     drawn = [behaviour.length(rng) for _ in range(DRAWS)]
     is_distributed(drawn, mean, share * mean)
     assert all(isinstance(length, int) and 1 <= length <= MAX_LENGTH_TOKENS for length in drawn)
 
 
 def test_lengths_with_a_deviation_as_large_as_the_mean_are_exponential():
-    rng, behaviour = random.Random(1), Behaviour(length_tokens=500, length_std_tokens=500)
+    rng, behaviour = random.Random(1), Behaviour(length_tokens=500, length_sd_tokens=500)
     drawn = [behaviour.length(rng) for _ in range(DRAWS)]
     for share in (0.25, 0.5, 0.9):
         longer = sum(length > -500 * math.log(share) for length in drawn)
@@ -64,12 +64,12 @@ def test_nothing_is_drawn_where_nothing_deviates():
     assert behaviour.first_token_s(no_chance, 50) == 1.0
     assert behaviour.gaps_s(no_chance)() == 0.05
     assert behaviour.length(no_chance) == 7
-    assert Behaviour(ttft_s=0.0, ttft_std_s=1.0).first_token_s(no_chance, 5) == 0.0
+    assert Behaviour(ttft_s=0.0, ttft_sd_s=1.0).first_token_s(no_chance, 5) == 0.0
 
 
 @given(seed=seeds)
 def test_the_same_seed_draws_the_same(seed):
-    behaviour = Behaviour(ttft_std_s=0.1, itl_std_s=0.01, length_std_tokens=50)
+    behaviour = Behaviour(ttft_sd_s=0.1, itl_sd_s=0.01, length_sd_tokens=50)
 
     def drawn(seed):
         rng = random.Random(seed)

@@ -78,10 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--by-number",
         type=float,
-        default=0.0,
+        default=0.3,
         metavar="SHARE",
         help="of the streams that are resumed by ?after=n and not by an event id; such a number does not say what was seen, "
-        "so that after a fault of Redis some may be shown a mixture (default: %(default)g)",
+        "so that after a fault some may end with stream_diverged (default: %(default)g)",
     )
     parser.add_argument("--seed", type=int, help="of what is asked and of what breaks (default: drawn, and told)")
     parser.add_argument("--json", action="store_true", help="the report as JSON, instead of tables")
