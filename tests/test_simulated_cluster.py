@@ -257,7 +257,7 @@ def test_a_profile_of_its_recordings_gives_its_parameters_back():
 
     found = virtual.run(profiled())
     for name, value in told.items():
-        within = 0.25 if "_std_" in name else 0.12
+        within = 0.25 if "_sd_" in name else 0.12
         assert found[name] == pytest.approx(value, rel=within), name
 
 

@@ -29,7 +29,7 @@ class Chance(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What one simulated model is like. Where something has a deviation (``_std_``), the value beside it is the mean."""
+    """What one simulated model is like. Where something has a deviation (``_sd_``), the value beside it is the mean."""
 
     ttft_s: float = 0.3
     """To the first token of a call that runs alone, beside what its prompt costs."""
