@@ -53,7 +53,7 @@ class Extent:
     crowd_tokens: int = 128
     pace_streams: int = 2000
     pace_rate: float = 5.0
-    pace_ramp_s: float = 4.0
+    pace_ramp_s: float = 10.0
     pace_seconds: float = 4.0
     pace_steps: int = 6
     overloaded_streams: int = 60
