@@ -49,9 +49,9 @@ class EventIds:
         """Not all that the caller has is known: from here on its cursors say no more than a number."""
         self._trace = None
 
-    def stamp(self, event: bytes, number: int) -> bytes:
+    def stamp(self, event: bytes, number: int, *, ended: bool = False) -> bytes:
         position = self._trace.position() if self._trace else ""
-        return with_id(format_cursor(self._token, number, position), event)
+        return with_id(format_cursor(self._token, number, position, ended), event)
 
 
 class _Ending:
@@ -75,7 +75,7 @@ class _Ending:
         if self.over:
             return b""
         event = error_event(error) if error else END
-        return self.ids.stamp(event, self._number + 1) if self.ids and final else event
+        return self.ids.stamp(event, self._number + 1, ended=True) if self.ids and final else event
 
 
 class FlightReader(_Ending):
@@ -95,12 +95,13 @@ class FlightReader(_Ending):
         ids: EventIds | None = None,
     ) -> None:
         self.flight = flight
-        self.at = flight.base
+        self.at = flight.count if cursor.ended else flight.base
         self.ids = ids
+        self.over = cursor.ended
         self._usage = usage
         self._error: GatewayError | None = None
         self._place: _Place | None = None
-        if cursor.after or flight.base:
+        if not self.over and (cursor.after or flight.base):
             self._place = _Place(flight, cursor, run, mirrored, usage=usage)
         self._rest = b""
         flight.join(self)
@@ -110,7 +111,7 @@ class FlightReader(_Ending):
         flight = self.flight
         loop = asyncio.get_running_loop()
         deadline = None if within_s is None else loop.time() + within_s
-        while flight.headers is None or self._seeks():
+        while not self.over and (flight.headers is None or self._seeks()):
             if self._error:
                 raise self._error
             if flight.error and flight.headers is None:
@@ -121,7 +122,7 @@ class FlightReader(_Ending):
             await flight.changed(remaining)
         if self._error:
             raise self._error
-        return flight.headers
+        return {} if flight.headers is None else flight.headers
 
     def at_once(self) -> bytes | None:
         return None
@@ -272,7 +273,7 @@ class _Place:
         """Whether the frame that the cursor counts to may be one of this log."""
         flight, cursor = self._flight, self._cursor
         if cursor.position:
-            return len(flight.runs) == 1 or cursor.after <= self._shown_before(flight.count) + (flight.outcome is not None)
+            return len(flight.runs) == 1 or cursor.after <= self._shown_before(flight.count)
         seen = flight.run_ended_at(self._run)
         if not flight.knows(self._run):
             seen = 0 if flight.alone else self._mirrored

@@ -310,10 +310,7 @@ class Sharing:
                 await asyncio.sleep(_AGAIN_S)
 
     async def _send_what_is_due(self) -> None:
-        while self._given_up:
-            shared = self._given_up.pop()
-            with suppress(StoreError):
-                await self._store.release(shared.name, shared.writer)
+        await self._release_given_up()  # on its own: what is due may be long in coming, and this would hold the last one
         now_s = asyncio.get_running_loop().time()
         if self._untold and self._untold_due_s <= now_s:
             await self._tell_ends()
@@ -327,6 +324,12 @@ class Sharing:
         if self._untold:
             self._wake_at(self._untold_due_s)
         await self._woken.wait()
+
+    async def _release_given_up(self) -> None:
+        while self._given_up:
+            shared = self._given_up.pop()
+            with suppress(StoreError):
+                await self._store.release(shared.name, shared.writer)
 
     def _wake_at(self, due_s: float) -> None:
         """A timer, and not the task itself, takes note of what is due: a token on its way waits for neither."""

@@ -12,6 +12,7 @@ from scripted import USAGE, chunk
 from gateway.core.apis import CHAT
 from gateway.core.content import Trace
 from gateway.core.controls import Controls
+from gateway.core.dialects.openai import END
 from gateway.core.pacing import Pace
 from gateway.core.policy import Directives
 from gateway.core.stream_id import Cursor
@@ -24,7 +25,7 @@ from gateway.errors import (
     UpstreamReported,
     UpstreamTimeout,
 )
-from gateway.flight import Failed, Flight
+from gateway.flight import Complete, Failed, Flight
 from gateway.questions import Request
 from gateway.reader import FlightReader, RecordingReader
 from gateway.service import Opened
@@ -530,12 +531,18 @@ async def test_closing_tells_even_those_whose_flight_has_not_yet_begun(bench):
 # Where a stream goes on
 
 
-def a_flight_that_failed(*texts: str, runs: int = 1) -> Flight:
-    """Its last run broke off when it had said that."""
+def a_flight(*texts: str, runs: int = 1) -> Flight:
+    """It has said that so far."""
     flight = Flight(CHAT, None, "run-0", started_at=0.0, max_bytes=1 << 20)
     flight.land_head({})
     flight.copy([b"data: %s\n\n" % json.dumps(chunk({"content": text})).encode() for text in texts], [0] * len(texts))
     flight.runs = [(f"run-{number}", 0) for number in range(runs)]
+    return flight
+
+
+def a_flight_that_failed(*texts: str, runs: int = 1) -> Flight:
+    """Its last run broke off when it had said that."""
+    flight = a_flight(*texts, runs=runs)
     flight.close(Failed(UpstreamTimeout("It has fallen silent.")))
     return flight
 
@@ -563,3 +570,22 @@ async def test_who_has_seen_something_else_than_a_run_that_failed_is_told_that()
     reader = FlightReader(a_flight_that_failed("Help me", runs=2), usage=False, cursor=Cursor(7, seen("Hello")), run="run-0")
     with pytest.raises(StreamDiverged):
         await reader.head(None)
+
+
+@pytest.mark.parametrize(("ended", "rest"), [(False, END), (True, b"")], ids=["all but the end", "all and the end"])
+async def test_who_has_seen_all_of_it_in_more_frames_than_another_run_has_is_told_the_end_once(ended, rest):
+    """The number of the last frame that it has is that of the other run's end."""
+    flight = a_flight("Hel", "lo", runs=2)
+    flight.close(Complete())
+    cursor = Cursor(3, seen("Hello"), ended)
+    reader = FlightReader(flight, usage=False, cursor=cursor, run="run-0")
+    assert await reader.head(None) == {}
+    assert reader.over == ended
+    assert (await reader.next(1.0), reader.end()) == (b"", rest)
+
+
+async def test_who_has_seen_the_end_waits_for_nothing():
+    flight = Flight(CHAT, None, "run-1", started_at=0.0)
+    reader = FlightReader(flight, usage=False, cursor=Cursor(3, seen("Hello"), ended=True), run="run-0")
+    assert await reader.head(None) == {}
+    assert reader.over

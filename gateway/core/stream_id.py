@@ -34,7 +34,7 @@ _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # Two digits at a time: it is on the way of every hit.
 _PAIRS = [one + other for one in _BASE62 for other in _BASE62]
 _PAIR_NUMBERS = {pair: number for number, pair in enumerate(_PAIRS)}
-_AFTER = re.compile(r"(0|[1-9][0-9]{0,11})(?:\.(.+))?")
+_AFTER = re.compile(r"(0|[1-9][0-9]{0,11})(?:\.((?!end\Z)[^.]+))?(\.end)?")
 
 
 class UnknownStream(ValueError):
@@ -173,15 +173,19 @@ def _from_base62(digits: str) -> int:
 
 
 class Cursor(NamedTuple):
-    """What a reader has seen: frames up to ``after``, and by content ``position`` (see `Trace`), if that is told."""
+    """What a reader has seen: frames up to ``after``, and by content ``position`` (see `Trace`), if that is told.
+
+    ``ended``: and the end behind them. Another run may say the same in fewer frames, so the number does not tell that.
+    """
 
     after: int
     position: str = ""
+    ended: bool = False
 
 
-def format_cursor(token: str, after: int, position: str = "") -> bytes:
-    """The id of an event: ``TOKEN.12`` or ``TOKEN.12.1f-abcdefgh``."""
-    return (f"{token}.{after}.{position}" if position else f"{token}.{after}").encode()
+def format_cursor(token: str, after: int, position: str = "", ended: bool = False) -> bytes:  # noqa: FBT001, FBT002  # as a Cursor
+    """The id of an event: ``TOKEN.12`` or ``TOKEN.12.1f-abcdefgh``, and that of the last one with ``.end`` behind it."""
+    return f"{token}.{after}{f'.{position}' if position else ''}{'.end' if ended else ''}".encode()
 
 
 def parse_cursor(text: str, token: str) -> Cursor:
@@ -192,13 +196,13 @@ def parse_cursor(text: str, token: str) -> Cursor:
 
 
 def parse_after(text: str) -> Cursor:
-    """``12`` or ``12.1f-abcdefgh``; raises ValueError."""
+    """``12``, ``12.1f-abcdefgh`` or either with ``.end``; raises ValueError."""
     match = _AFTER.fullmatch(text)
     if match is None:
         raise ValueError("not a cursor")
     if match[2] is not None:
         parse_position(match[2])
-    return Cursor(int(match[1]), match[2] or "")
+    return Cursor(int(match[1]), match[2] or "", match[3] is not None)
 
 
 def read_token(token: str) -> StreamId:

@@ -235,22 +235,25 @@ def position_of(text):
 POSITIONS = st.just("") | st.text("ab -").map(position_of)
 
 
-@given(st.integers(0, 10**12 - 1), POSITIONS)
-def test_a_cursor_survives_being_written(after, position):
-    written = format_cursor(TOKEN, after, position).decode()
-    assert parse_cursor(written, TOKEN) == Cursor(after, position)
-    assert parse_after(written.removeprefix(TOKEN + ".")) == Cursor(after, position)
+@given(st.integers(0, 10**12 - 1), POSITIONS, st.booleans())
+def test_a_cursor_survives_being_written(after, position, ended):
+    written = format_cursor(TOKEN, after, position, ended).decode()
+    assert parse_cursor(written, TOKEN) == Cursor(after, position, ended)
+    assert parse_after(written.removeprefix(TOKEN + ".")) == Cursor(after, position, ended)
 
 
 def test_a_cursor_reads_as_it_is_told():
     assert format_cursor("TOKEN", 12, "1f-abcdefgh") == b"TOKEN.12.1f-abcdefgh"
     assert format_cursor("TOKEN", 0) == b"TOKEN.0"
-    assert parse_after("0") == Cursor(0) == (0, "")
+    assert format_cursor("TOKEN", 12, "1f-abcdefgh", ended=True) == b"TOKEN.12.1f-abcdefgh.end"
+    assert format_cursor("TOKEN", 3, ended=True) == b"TOKEN.3.end"
+    assert parse_after("0") == Cursor(0) == (0, "", False)
 
 
 ODD_AFTER = [
     "", ".", "-1", "+1", "01", "1.", "1..", " 1", "1 ", "1\n", "1.0", "1e3", "0x1", "1_0", "٣", "²", "x", "1.x",
     "1.1f-abcdefg", "1.1f-abcdefgh.", "1.1f-abcdefgh\n", "1.1f-abcdefgh.2", ".1f-abcdefgh", "1" * 13, "9" * 5000,
+    "1.end.end", "1.end.1f-abcdefgh", "1.ends", "1..end", "end",
 ]  # fmt: skip
 
 
