@@ -3,6 +3,8 @@
 So the soak looks into a gateway that is started as everybody starts it, and that knows nothing of the soak.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -19,6 +21,7 @@ _DIRECTORY = os.environ.get("SOAK_COUNTS", "")
 
 def _count(*_: object) -> None:
     gc.collect()
+    _give_back()
     objects = gc.get_objects()
     tasks = _tasks()
     kinds = Counter(type(each).__qualname__ for each in objects if type(each).__module__.partition(".")[0] == "gateway")
@@ -33,6 +36,12 @@ def _count(*_: object) -> None:
     path = Path(_DIRECTORY, f"{os.getpid()}.json")
     path.with_suffix(".part").write_text(json.dumps(told))
     path.with_suffix(".part").rename(path)
+
+
+def _give_back() -> None:
+    """What the allocator keeps for later is not held. Only the GNU library can be told so."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tasks() -> "set[Any]":
