@@ -227,9 +227,8 @@ class Sharing:
             shared.flight.followers.discard(shared)
 
     async def _finish(self, shared: Shared, outcome: Outcome, recording: Recording | None) -> bool:
-        if (
-            shared.flight.count
-        ):  # else there is no more to say than the end: where calls are refused, there are many of those
+        # Of a flight without frames there is no more to say than the end: where calls are refused, there are many of those.
+        if shared.flight.count:
             await self._append_rest(shared, certain=recording is None)
         elif shared.fenced:
             raise _fenced()

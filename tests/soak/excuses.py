@@ -2,8 +2,7 @@
 
 | what the caller sees                            | excused by                                                        |
 |-------------------------------------------------|-------------------------------------------------------------------|
-| the connection is refused or cut                | this replica was killed or ended meanwhile; or just before, where |
-|                                                 | not even the request could be written: a kept connection          |
+| the connection is refused or cut                | this replica was killed or ended meanwhile                        |
 | `shutting_down`, as status or as event          | this replica was being ended                                      |
 | what an injected fault of an upstream is called | a call for this very question had that fault, or the upstream was |
 |                                                 | away as a whole (unreachable, broken off or timed out)            |
@@ -29,9 +28,6 @@ from journal import Journal
 _JUST_BEFORE_S = 2.0
 # A replica looks after Redis again after its cool-down; and only-if-cached waits for 5 s before it gives up.
 _REDIS_BEFORE_S = 6.0
-# That a kept connection to a process that is gone was closed may be noticed only with its next use (RFC 9112 9.5). Seen once
-# in some 25,000 requests; that it is this, and not the gateway, is not proven.
-_KEPT_S = 5.0
 ENDED = ("killed", "ended")
 REDIS = ("Redis killed", "Redis frozen", "Redis read-only", "wire cut", "wire silent", "machine stalled")
 _AWAY_CODES = frozenset({"upstream_unreachable", "upstream_broke", "upstream_timeout"})
@@ -41,8 +37,7 @@ _LOST_CODES = frozenset({"stream_not_found", "stream_lost"})
 def excuse(journal: Journal, attempt: Attempt, session_began_at: float) -> str:
     """The fault that this failure follows from; empty where there is none."""
     if attempt.became == "cut":
-        kept_s = _KEPT_S if "Can not write request body" in str(attempt) else 0.0
-        return _of_replica(journal, attempt, ENDED, kept_s)
+        return _of_replica(journal, attempt, ENDED)
     if attempt.became not in ("refused", "broken"):
         return ""
     return _of_error(journal, attempt, session_began_at)
@@ -62,8 +57,8 @@ def _of_error(journal: Journal, attempt: Attempt, session_began_at: float) -> st
     return _of_upstream(journal, attempt, session_began_at)
 
 
-def _of_replica(journal: Journal, attempt: Attempt, kinds: tuple[str, ...], before_s: float = 0.0) -> str:
-    for window in journal.faults(attempt.began_at - before_s, attempt.ended_at):
+def _of_replica(journal: Journal, attempt: Attempt, kinds: tuple[str, ...]) -> str:
+    for window in journal.faults(attempt.began_at, attempt.ended_at):
         if window.kind in kinds and window.target == attempt.replica.name:
             return window.kind
     return ""
