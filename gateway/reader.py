@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Final
 
 import orjson
 
@@ -340,6 +341,10 @@ class _Place:
         return self._skip.reached
 
 
+# Of a pace that never draws: seeding one for each replay would be a fiftieth of what a hit costs.
+_NO_CHANCE: Final[Draw] = random.Random(0)  # noqa: S311
+
+
 class RecordingReader(_Ending):
     """A cursor over a recording, at a pace: it begins behind the event ``after``.
 
@@ -366,7 +371,7 @@ class RecordingReader(_Ending):
         self._usage = usage
         self._pacer = pacer
         self._pace = pace
-        self._draw = draw or random.Random(0)  # noqa: S311  # of a pace without chance
+        self._draw = draw or _NO_CHANCE
         self._after = after
         self._cursor = 0
         self._frames: list[bytes] | None = None

@@ -15,20 +15,32 @@ _LEAST_BYTES_PER_S = 1000
 """So many bytes of a body buy it a second more, as with Apache's mod_reqtimeout: a trickle ends, a large upload goes on."""
 _CODINGS = ("gzip", "deflate", "br", "zstd", "identity")
 """Those that aiohttp undoes; it passes on all others as they are."""
+_BROKEN = (web.RequestPayloadError, ValueError)
 
 
 async def read(request: web.Request) -> bytes:
     """All of the body. Raises `BodyTooLarge`, `Overloaded`, and the errors of `pieces`."""
-    holding = request.get(HOLDING)
+    if request.content.is_eof() and "Content-Encoding" not in request.headers:
+        # It has come with its head, as nearly all do.
+        try:
+            body = request.content.read_nowait()
+        except _BROKEN:
+            raise _broken_off() from None
+        _hold(request, len(body), len(body))
+        return body
     request.content.set_read_chunk_size(request.client_max_size)  # what is compressed comes in fewer pieces
-    body = bytearray()
+    grown = bytearray()
     async for piece in pieces(request):
-        body += piece
-        if holding:
-            holding.grow(len(piece))
-        if len(body) > request.client_max_size:
-            raise BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.")
-    return bytes(body)
+        grown += piece
+        _hold(request, len(piece), len(grown))
+    return bytes(grown)
+
+
+def _hold(request: web.Request, more_bytes: int, in_all_bytes: int) -> None:
+    if holding := request.get(HOLDING):
+        holding.grow(more_bytes)
+    if in_all_bytes > request.client_max_size:
+        raise BodyTooLarge(f"The request body is larger than {request.client_max_size} bytes.")
 
 
 async def pieces(request: web.Request) -> AsyncIterator[bytes]:
@@ -51,11 +63,15 @@ async def pieces(request: web.Request) -> AsyncIterator[bytes]:
                     piece = await content.readany()
         except TimeoutError:
             raise too_slow() from None
-        except (web.RequestPayloadError, ValueError):
-            raise InvalidRequest("The request body could not be read to its end.") from None
+        except _BROKEN:
+            raise _broken_off() from None
         left_s += len(piece) / _LEAST_BYTES_PER_S - (clock() - began)
         if piece:
             yield piece
+
+
+def _broken_off() -> InvalidRequest:
+    return InvalidRequest("The request body could not be read to its end.")
 
 
 def too_slow() -> RequestTooSlow:

@@ -127,7 +127,7 @@ def _fill(stage: Stage, server: Server, *, streamed: bool) -> int:
 
 
 def _first_tokens(stage: Stage, servers: Sequence[Server], plan: Plan, say: Say) -> dict[str, Measured]:
-    """The time to the first byte of a miss's body, one request at a time, and how much of it the upstream does not take."""
+    """The time to the first token of a miss, one request at a time, and how much of it the upstream does not take."""
     say(f"first tokens, streams of {plan.tokens} tokens")
     plan = replace(plan, unique=True, pause_s=_PAUSE_S)
     direct = stage.load(stage.upstream, replace(plan, port=stage.upstream.port))

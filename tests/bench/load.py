@@ -112,7 +112,7 @@ class Load:
         return None if self._measured else next(self._requests, None)
 
     def add(self, latency_s: float, first_s: float) -> None:
-        """An answer has come; its body began ``first_s`` after the request."""
+        """An answer has come; its first token (or its body, where it is no stream) came ``first_s`` after the request."""
         self.all_requests += 1
         self._latencies_s.append(latency_s)
         self._firsts_s.append(first_s)
@@ -213,14 +213,14 @@ class Connection(asyncio.Protocol):
             self._load.fail(f"the answer has {self._length} bytes, not {plan.body_bytes}")
 
     def _read_body(self, data: bytes, now: float) -> None:
-        if not self._received:
-            self._first_at = now
         self._received += len(data)
         if self._plan.streamed:
             cut_in_two = self._tail.endswith(b"\n") and data.startswith(b"\n")
             frames = data.count(b"\n\n") + cut_in_two
             self._frames += frames
             self._load.all_frames += frames
+        if not self._first_at and (self._frames > 1 or not self._plan.streamed):
+            self._first_at = now  # the frame before says a role only, and may as well come with this one
         self._tail = (self._tail + data[-len(END_OF_CHUNKS) :])[-len(END_OF_CHUNKS) :]
         if self._tail == END_OF_CHUNKS if self._length is None else self._received >= self._length:
             self._end(now)

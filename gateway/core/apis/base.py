@@ -68,6 +68,10 @@ class Api:
     """An unstreamed answer as token-like chunks, such that assembling them gives it back."""
 
 
+_NOT_OF_ENVELOPE = frozenset({"choices", "object", "obfuscation"})
+_FIRST_HOLDS = frozenset({"id", "created", "model"})
+
+
 @dataclass(slots=True)
 class Envelope:
     """The members of an answer that stand beside its choices. The first id, model and time hold; else the last value."""
@@ -76,14 +80,14 @@ class Envelope:
     members: Json = field(default_factory=dict)
 
     def add(self, chunk: Json) -> None:
+        members = self.members
         for name, value in chunk.items():
-            if name in ("choices", "object", "obfuscation"):
+            if name in _NOT_OF_ENVELOPE:
                 continue
-            if name in ("id", "created", "model"):
-                if not self.members.get(name):
-                    self.members[name] = value
-            else:
-                keep_last(self.members, name, value)
+            if name not in _FIRST_HOLDS:
+                keep_last(members, name, value)
+            elif not members.get(name):
+                members[name] = value
 
     def body(self, choices: list[Json]) -> Json:
         members = dict(self.members)
