@@ -23,8 +23,11 @@ LASTING_KEYS = frozenset(f"{PREFIX}:{name}" for name in ("secret", "stats", "rec
 TRANSIENT = ("Flight", "FlightReader", "RecordingReader", "Opened", "Exchange", "Pump", "Recording", "Running")
 _ESTABLISHED, _CLOSE_WAIT = "01", "08"
 _COUNTED_WITHIN_S = 10.0
-# Allocators give back what they like; what grows with the load is far beyond this in ten minutes.
-MEMORY_SLACK_MB = 64.0
+# Of what the process has asked for, so much may have come into its caches, which are bounded. What it has from the system
+# says less: allocators give back what they like, and a page with one live byte stays.
+IN_USE_SLACK_MB = 8.0
+BLOCKS_SLACK = 25_000
+RESIDENT_SLACK_MB = 64.0
 OBJECTS_SLACK = 5000
 # `[redis] max_connections`, the bell's, and one that is just being replaced.
 STORE_CONNECTIONS = 18
@@ -39,6 +42,11 @@ class Held:
     flights: list[str]
     """Each with what keeps it."""
     objects: int
+    """Those of the garbage collector."""
+    blocks: int
+    """Pieces of memory that Python has given out, of up to 512 bytes each."""
+    in_use_mb: float
+    """All that is larger, and what libraries hold: what the C library has given out."""
     callers: int
     """Connections of callers."""
     half_closed: int
@@ -49,7 +57,8 @@ class Held:
     """Connections to upstreams, kept for a next call."""
     descriptors: int
     """All others, and files."""
-    memory_mb: float
+    resident_mb: float
+    """What it has from the system, used or not."""
 
     @property
     def transient(self) -> dict[str, int]:
@@ -71,12 +80,14 @@ async def held(replica: Replica, store_port: int, upstream_ports: set[int], coun
         kinds=dict(sum((Counter(each["kinds"]) for each in told), Counter())),
         flights=[flight for each in told for flight in each["flights"]],
         objects=sum(each["objects"] for each in told),
+        blocks=sum(each["blocks"] for each in told),
+        in_use_mb=round(sum(each["in_use_bytes"] for each in told) / 1e6, 1),
         callers=sum(each.local_port == replica.port and each.state == _ESTABLISHED for each in sockets),
         half_closed=sum(each.state == _CLOSE_WAIT for each in sockets),
         store=store,
         upstreams=upstreams,
         descriptors=sum(len(_descriptors(pid)) for pid in replica.pids) - store - upstreams,
-        memory_mb=round(sum(resident_bytes(pid) for pid in replica.pids) / 1e6, 1),
+        resident_mb=round(sum(resident_bytes(pid) for pid in replica.pids) / 1e6, 1),
     )
 
 
@@ -202,5 +213,8 @@ def _grown(before: Held, after: Held) -> Iterator[str]:
     if after.objects > before.objects + OBJECTS_SLACK:
         kinds = Counter(after.kinds) - Counter(before.kinds)
         yield f"has {after.objects} objects, and had {before.objects}; of ours there are more: {dict(kinds)}"
-    if after.memory_mb > before.memory_mb + MEMORY_SLACK_MB:
-        yield f"takes {after.memory_mb} MB, and took {before.memory_mb}"
+    if after.blocks > before.blocks + BLOCKS_SLACK or after.in_use_mb > before.in_use_mb + IN_USE_SLACK_MB:
+        then, now = [f"{each.blocks} blocks and {each.in_use_mb} MB" for each in (before, after)]
+        yield f"uses {now}, and used {then}"
+    if after.resident_mb > before.resident_mb + RESIDENT_SLACK_MB:
+        yield f"takes {after.resident_mb} MB, and took {before.resident_mb}"

@@ -56,7 +56,10 @@ def show(told: dict[str, Any], console: Console) -> None:
 
 
 def _show_left(left: dict[str, Any], console: Console) -> None:
-    names = ("tasks", "objects", "callers", "half_closed", "store", "upstreams", "descriptors", "memory_mb")
+    names = (
+        "tasks", "objects", "blocks", "in_use_mb", "resident_mb",
+        "callers", "half_closed", "store", "upstreams", "descriptors",
+    )  # fmt: skip
     table = Table("left over: before → after", *names)
     for name, both in left["replicas"].items():
         before, after = both["before"] or {}, both["after"]

@@ -30,6 +30,8 @@ def _count(*_: object) -> None:
     told = {
         "tasks": names,
         "objects": len(objects),
+        "blocks": sys.getallocatedblocks(),
+        "in_use_bytes": _in_use_bytes(),
         "kinds": kinds,
         "flights": [_holders(each, (objects, held)) for each in held[:_NAMED]],
     }
@@ -42,6 +44,24 @@ def _give_back() -> None:
     """What the allocator keeps for later is not held. Only the GNU library can be told so."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class _MallInfo(ctypes.Structure):
+    """``struct mallinfo2`` (mallinfo(3))."""
+
+    _names_ = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names_.split()]
+
+
+def _in_use_bytes() -> int:
+    """What the C library has given out and not got back, from its heaps and as mappings; 0 where it cannot say."""
+    try:
+        tell = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    tell.restype = _MallInfo
+    told = tell()
+    return int(told.uordblks + told.hblkhd)
 
 
 def _tasks() -> "set[Any]":
