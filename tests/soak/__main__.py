@@ -27,6 +27,7 @@ import orjson
 from attempts import Asker
 from callers import Callers
 from chaos import Chaos, Stage
+from connections import Connector
 from fleet import RedisProcess, Replica, SoakFailed, Wire, settings
 from journal import Journal
 from leftovers import once_quiet, resident_bytes, undying_keys
@@ -154,7 +155,7 @@ class Soak:
 
     async def _load(self, stage: Stage, duration_s: float, chaos: Chaos | None) -> None:
         """Callers for a while; with chaos, while everything breaks."""
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = Connector(stage.replicas, self._journal.now)
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session, asyncio.TaskGroup() as group:
             asker = Asker(session, self._journal)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import aiohttp
+from connections import ASKING, Connection
 from fleet import STALE_IF_ERROR_S, STALE_S, Replica
 from journal import Journal
 from models import usage_of
@@ -90,6 +91,8 @@ class Attempt:
     kept_until: float = float("inf")
     heard_at: float = 0.0
     """When something came last, a comment perhaps."""
+    connection: Connection | None = None
+    """What it was sent on last."""
 
     def __str__(self) -> str:
         asked = f"{self.question} of {self.replica.name}"
@@ -98,7 +101,8 @@ class Attempt:
         lasted = (
             f"{self.began_at:.2f} to {self.ended_at:.2f} s, {self.events} events, heard at {self.heard_at:.2f} s{counted}"
         )
-        return f"{asked}: {self.became} ({lasted}): {told}"
+        on = f" on {self.connection}" if self.became == "cut" else ""
+        return f"{asked}: {self.became} ({lasted}): {told}{on}"
 
 
 OnEvent = Callable[[Stream], Awaitable[None]]
@@ -216,6 +220,7 @@ class Asker:
     @contextlib.asynccontextmanager
     async def _attempt(self, replica: Replica, question: Question) -> Any:
         attempt = Attempt(replica, question, self._journal.now())
+        ASKING.set(attempt)
         try:
             async with asyncio.timeout(PATIENCE_S):
                 yield attempt

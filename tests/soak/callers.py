@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 from attempts import Asker, Attempt, Left, OnEvent, Stream, code_of, reads_on
+from connections import ASKING
 from excuses import REDIS, excuse
 from fleet import ADMIN_KEY, RESUME_S, Replica
 from journal import Journal
@@ -226,6 +227,7 @@ class Callers:
     ) -> bool:
         """Whether what is no question was done; a violation where it was not, and nothing excuses that."""
         attempt = Attempt(replica, visit.question, self._journal.now())
+        ASKING.set(attempt)
         try:
             async with self._session.post(url, json=body, headers=headers) as response:
                 attempt.status, attempt.body = response.status, await response.read()

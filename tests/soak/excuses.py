@@ -3,6 +3,7 @@
 | what the caller sees                            | excused by                                                        |
 |-------------------------------------------------|-------------------------------------------------------------------|
 | the connection is refused or cut                | this replica was killed or ended meanwhile                        |
+| the connection is cut before an answer          | or it was kept from an earlier life of this replica               |
 | `shutting_down`, as status or as event          | this replica was being ended                                      |
 | what an injected fault of an upstream is called | a call for this very question had that fault, or the upstream was |
 |                                                 | away as a whole (unreachable, broken off or timed out)            |
@@ -29,6 +30,7 @@ _JUST_BEFORE_S = 2.0
 # A replica looks after Redis again after its cool-down; and only-if-cached waits for 5 s before it gives up.
 _REDIS_BEFORE_S = 6.0
 ENDED = ("killed", "ended")
+KEPT = "kept from before"
 REDIS = ("Redis killed", "Redis frozen", "Redis read-only", "wire cut", "wire silent", "machine stalled")
 _AWAY_CODES = frozenset({"upstream_unreachable", "upstream_broke", "upstream_timeout"})
 _LOST_CODES = frozenset({"stream_not_found", "stream_lost"})
@@ -37,7 +39,7 @@ _LOST_CODES = frozenset({"stream_not_found", "stream_lost"})
 def excuse(journal: Journal, attempt: Attempt, session_began_at: float) -> str:
     """The fault that this failure follows from; empty where there is none."""
     if attempt.became == "cut":
-        return _of_replica(journal, attempt, ENDED)
+        return _of_replica(journal, attempt, ENDED) or _of_connection(attempt)
     if attempt.became not in ("refused", "broken"):
         return ""
     return _of_error(journal, attempt, session_began_at)
@@ -62,6 +64,12 @@ def _of_replica(journal: Journal, attempt: Attempt, kinds: tuple[str, ...]) -> s
         if window.kind in kinds and window.target == attempt.replica.name:
             return window.kind
     return ""
+
+
+def _of_connection(attempt: Attempt) -> str:
+    """The process at its other end had gone before the request was sent: no gateway can have closed it since."""
+    connection = attempt.connection
+    return KEPT if connection and connection.is_to_a_process_that_is_gone and not attempt.status else ""
 
 
 def _of_any(journal: Journal, attempt: Attempt, since: float) -> str:

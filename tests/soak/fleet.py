@@ -176,12 +176,15 @@ class Replica:
         self.log = directory / f"replica-{number}.log"
         self.listed = True
         """Whether a balancer would send callers there."""
+        self.lives = 0
+        """How many processes it has had; counted once the one before is gone."""
         self._directory = directory
         self._environ = environ
         self._session = session
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
+        self.lives += 1
         command = [sys.executable, "-m", "gateway", "serve", "--port", str(self.port)]
         with self.log.open("ab") as log:
             self.process = _spawn(command, log, cwd=self._directory, env=self._environ)
