@@ -749,6 +749,29 @@ async def test_a_process_that_shares_its_socket_leaves_what_waits_to_others_firs
     await acceptor.stop()
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(FileExistsError(errno.EEXIST, "File exists"), ["WARNING"]), (ConnectionResetError(errno.ECONNRESET, "reset"), [])],
+)
+async def test_a_caller_who_is_closed_unserved_is_told_of_unless_it_has_left(error, told, caplog):
+    caplog.set_level("INFO")
+    limits = Limits(LimitsConfig())
+    acceptor = door.Acceptor(bind("127.0.0.1", 0)[0], door.Door(asyncio.Protocol, limits), limits, shared=False)
+
+    async def connect_accepted_socket(_, connection):
+        raise error
+
+    acceptor._loop = SimpleNamespace(connect_accepted_socket=connect_accepted_socket)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        await acceptor._connect(theirs)
+        assert ours.recv(1) == b""
+    assert [record.levelname for record in caplog.records] == told
+    assert limits.connections.taken == 0
+    acceptor._loop = asyncio.get_running_loop()
+    await acceptor.stop()
+
+
 # File descriptors
 
 

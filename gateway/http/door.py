@@ -30,6 +30,7 @@ _MAX_HEAD_BYTES = 8192
 _ALWAYS_SERVED = (b"/healthz", b"/health", b"/readyz", b"/metrics", b"/admin/")
 _ACCEPTS_A_TURN = 32
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_GONE = (errno.ENOTCONN, errno.EINVAL)  # of what is set or asked on a socket whose peer has left
 _ACCEPT_AGAIN_S = 0.05
 # A full process leaves what waits to the others on the same socket for so long.
 _OTHERS_FIRST_S = 0.003
@@ -349,7 +350,9 @@ class Acceptor:
             await self._loop.connect_accepted_socket(lambda: protocol, connection)
         except OSError as error:
             protocol.give_place_back()
-            log.debug("a connection is gone before it was served: %s", error)
+            # Its caller hears nothing: where that has not left, somebody has to be told.
+            level = logging.DEBUG if isinstance(error, ConnectionError) or error.errno in _GONE else logging.WARNING
+            log.log(level, "a connection was closed before it could be served: %r", error)
             connection.close()
 
     def _turn_one_away(self) -> bool:

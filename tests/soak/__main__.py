@@ -37,7 +37,7 @@ from rich.console import Console
 
 _CALLERS = 24
 _EACH_S = 5.0
-_NOT_IN_LOGS = re.compile(r"Traceback|ERROR|CRITICAL|Unclosed|was never|Exception ignored")
+_NOT_IN_LOGS = re.compile(r"Traceback|ERROR|CRITICAL|Unclosed|was never|Exception ignored|closed before it could")
 
 
 def main() -> int:
