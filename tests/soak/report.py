@@ -60,9 +60,9 @@ def _show_left(left: dict[str, Any], console: Console) -> None:
         "tasks", "objects", "blocks", "in_use_mb", "resident_mb",
         "callers", "half_closed", "store", "upstreams", "descriptors",
     )  # fmt: skip
-    table = Table("left over: before → after", *names)
-    for name, both in left["replicas"].items():
-        before, after = both["before"] or {}, both["after"]
-        table.add_row(name, *[f"{before.get(each, '–')} → {after[each]}" for each in names])
+    table = Table("left over: before → after", *left["replicas"])
+    for name in names:
+        both = [((replica["before"] or {}).get(name, "–"), replica["after"][name]) for replica in left["replicas"].values()]
+        table.add_row(name, *[f"{before} → {after}" for before, after in both])
     console.print(table)
     console.print(f"keys in Redis that should be gone: {len(left['keys'])}; calls still running: {left['calls']}")
