@@ -42,6 +42,19 @@ class GatewayError(Exception):
         self.headers = {name: change(value) for name, value in self.headers.items()}
 
 
+def forget_traces(error: BaseException | None) -> None:
+    """Lets go of all that ran where an error, and those that it came of, was raised.
+
+    Whoever keeps an error that has been told keeps by its traces the request, the answer and itself: until the collector
+    looks at everything, which with much in memory is seldom.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class RequestError(GatewayError):
     """The caller's fault; never retried."""
 

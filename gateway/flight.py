@@ -138,9 +138,9 @@ class Flight:
         self.readers = 0
         self.joins = 0
         """How many readers there ever were."""
-        self.on_read: Callable[[], object] = lambda: None
+        self.on_read: Callable[[], object] = _nothing
         """Called when the first reader has come, or come back."""
-        self.on_unread: Callable[[], object] = lambda: None
+        self.on_unread: Callable[[], object] = _nothing
         """Called when the last reader has gone."""
         self.max_bytes = max_bytes
         self._dropped_bytes = 0
@@ -257,8 +257,9 @@ class Flight:
         self.wake()
 
     def retire(self) -> None:
-        """The table lets go of this flight."""
+        """The table lets go of this flight, and it of the table: what refers to itself lives on until it is collected."""
         self.retired = True
+        self.on_read = self.on_unread = _nothing
         self._count_bytes()
         self.wake()
 
@@ -404,6 +405,10 @@ class Flight:
         self.hidden_before_base += sum(frame.about_usage for frame in gone)
         del self.frames[: len(gone)]
         self.base += len(gone)
+
+
+def _nothing() -> None:
+    """Nobody is to be told."""
 
 
 def _json(value: object) -> bytes:

@@ -20,6 +20,7 @@ from gateway.errors import (
     StoreError,
     StreamCancelled,
     StreamLost,
+    forget_traces,
 )
 from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome, first_run
 from gateway.keeping import may_be_kept, recorded
@@ -239,6 +240,7 @@ class Flights:
         except Exception:  # a bug of ours, or of an upstream's library: no reader may wait for ever because of it
             log.exception("what drives %r broke", flight)
             flight.close(Failed(GatewayError("The gateway failed to read the answer.")))
+        forget_traces(flight.error)
         try:
             await self._end_log(flight)
         finally:
@@ -259,6 +261,7 @@ class Flights:
             claimed = await self._store.claim(name, self._sharing.writer(flight.run), newer_than_us=plan.newer_than_us)
         except StoreError as error:
             log.debug("%r is not claimed: %s", flight, error)
+            forget_traces(error)
             return True
         if claimed.landed or (claimed.follow and plan.background and not flight.readers):
             self._forget(flight)  # what it would say is there, or another replica is at it
@@ -349,6 +352,7 @@ class Flights:
             await mirror.catch_up()
         except StoreError as error:
             log.debug("%r is not taken over: %s", flight, error)
+            forget_traces(error)
             flight.alone = await mirror.may_go_alone()
             return flight.alone
         return True
@@ -376,6 +380,7 @@ class Flights:
                     await self._store.release(flight.name, self._sharing.writer(flight.run))
         except (StoreError, TimeoutError) as error:
             log.debug("%r is not handed over: %s", flight, error)
+            forget_traces(error)
 
     async def _end_log(self, flight: Flight) -> None:
         """Tells the other replicas how it ended."""
@@ -386,6 +391,7 @@ class Flights:
             await self._sharing.finish(shared, flight.outcome)
         except StoreError as error:
             log.debug("the end of %r is not shared: %s", flight, error)
+            forget_traces(error)
 
     # Where nobody reads
 
@@ -498,6 +504,7 @@ class Flights:
                 kept = await self._sharing.finish(shared, Complete(), recording)
         except StoreError as error:
             log.debug("not stored: %s", error)
+            forget_traces(error)
             flight.keep(kept=False, why_not="store-unavailable")
             return
         flight.keep(kept=kept)

@@ -23,6 +23,7 @@ from gateway.errors import (
     StreamCancelled,
     TenantOverloaded,
     UpstreamRefused,
+    forget_traces,
     is_broken_off,
     is_outage,
 )
@@ -159,8 +160,11 @@ class Service:
 
     def leave(self, opened: Opened) -> None:
         """The caller has done with its reader."""
-        reader = opened.reader.reader if isinstance(opened.reader, StandIn) else opened.reader
+        if isinstance(opened.reader, StandIn):
+            opened.reader = opened.reader.reader  # what stood in for it knows what was opened: neither would ever be freed
+        reader = opened.reader
         reader.leave()
+        forget_traces(reader.error)
         if isinstance(reader, RecordingReader):
             if holding := self.replays.pop(reader, None):
                 holding.become(0)

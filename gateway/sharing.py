@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 import orjson
 
@@ -51,8 +50,8 @@ class Shared:
         self.flight = flight
         self.name = name
         self.writer = writer
-        self.on_fenced: Callable[[bool], object] = lambda _: None
-        """Called when no more can be written; tells whether the log is still this writer's."""
+        self.on_fenced: Callable[[Shared, bool], object] = lambda _, __: None
+        """Called when no more can be written; tells of which log, and whether it is still this writer's."""
         self.at = flight.count
         """How many frames the log holds."""
         self.due_s = float("inf")
@@ -159,7 +158,7 @@ class Shared:
     def _stop(self, *, holds_lease: bool) -> None:
         self.fenced = True
         self.flight.followers.discard(self)
-        self.on_fenced(holds_lease)
+        self.on_fenced(self, holds_lease)
 
 
 class Sharing:
@@ -186,7 +185,7 @@ class Sharing:
     def begin(self, flight: Flight, name: LogName, *, request: Callable[[], bytes], joinable: bool) -> Shared:
         """From now on the flight's log is written, by this replica's run of it."""
         shared = Shared(flight, name, self.writer(flight.run), request=request, joinable=joinable)
-        shared.on_fenced = partial(self._give_up, shared)
+        shared.on_fenced = self._give_up
         shared.may_hold = self._store.is_writable
         self._shared[name.flight] = shared
         # Not at once: an answer that comes at once need not be told in parts, and the first token is on its way now. A store

@@ -21,6 +21,7 @@ from gateway.errors import (
     PathNotFound,
     ShuttingDown,
     UpstreamRefused,
+    forget_traces,
 )
 from gateway.observe import RequestDetails, Sink
 from gateway.ports import GATEWAY_UPSTREAM
@@ -183,6 +184,7 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange) ->
         if error.detail:
             exchange.cache_status = only_detail(error.detail)
         response = error_response(error, exchange)
+        forget_traces(error)
     except web.HTTPException as error:
         response = error_response(translated(error, request), exchange)
     except Exception:  # anything else is a bug: the caller gets an id to quote, the log gets the trace

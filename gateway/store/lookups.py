@@ -68,7 +68,10 @@ class Lookups:
         if not self._scheduled and len(self._running) < self._places:
             self._scheduled = True
             loop.call_soon(self._send)
-        return await found
+        try:
+            return await found
+        finally:
+            del batch, found  # else an error, by its trace, keeps what keeps the error
 
     async def close(self) -> None:
         """Ends all lookups; they fail."""
