@@ -328,6 +328,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
+@pytest.mark.slow
 async def test_one_scrape_tells_of_all_workers_also_of_one_that_hangs_or_was_replaced(
     shared_redis: RedisServer, upstream: ScriptedUpstream, session, tmp_path
 ):

@@ -521,6 +521,7 @@ async def test_a_stream_ends_as_it_would_have_when_its_leader_is_killed_after_th
     assert len(upstream.asked) == 2
 
 
+@pytest.mark.slow
 async def test_a_stream_outlives_one_leader_after_the_other(replicas, shared_redis, upstream):
     await replicas.start(shared_redis)
     upstream.script = in_turn(
@@ -631,6 +632,7 @@ async def test_events_of_a_run_that_never_wrote_a_frame_are_not_counted_in_the_r
     assert lost.error["code"] == "stream_diverged"
 
 
+@pytest.mark.slow
 async def test_events_of_a_replica_that_went_on_alone_are_not_counted_in_the_log(replicas, shared_redis, upstream):
     """It could not reach Redis, so it asked the model itself: what its callers saw since then is in no log."""
     await replicas.start(shared_redis, wired=True)
@@ -649,6 +651,7 @@ async def test_events_of_a_replica_that_went_on_alone_are_not_counted_in_the_log
     assert (lost.error["code"], lost.chunks) == ("stream_diverged", [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["promptly", "late", "after a leader's end"])
 async def test_who_read_from_a_follower_that_was_killed_resumes_by_number(replicas, shared_redis, upstream, when: str):
     """Promptly whatever came, since the follower cannot have gone on alone; late as far as it had told what it has read."""

@@ -189,6 +189,7 @@ async def test_a_killed_worker_loses_nobodys_stream_but_its_own_and_those_go_on_
     assert victim not in served.workers
 
 
+@pytest.mark.slow
 async def test_a_worker_that_hangs_is_killed_and_replaced(start, session, upstream):
     served = await start(server_worker_timeout_s="0.5")
     upstream.script = says_hello
