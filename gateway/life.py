@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 # A request makes a thousand objects and leaves no cycles behind: by default each would pay for a collection. Open streams
 # keep some hundred objects each, and nothing is sent while those are looked at: so the middle generation is looked at
-# before it is large (by default it stopped 2,000 streams for 100 ms), and all of them after a million more objects.
+# before it is large (at 200,000 objects that stopped 2,000 streams for 100 ms), and all of them after a million more.
 _GC_THRESHOLDS = 10_000, 0, 100
 _LAST_ANSWERS_S = 1.0
 
