@@ -431,23 +431,41 @@ class Recorder:
 
 
 class _Marker:
-    """Puts marks into frames, and keeps what stood there."""
+    """Puts marks into frames, and keeps what stood there. It remembers how they begin, as a `Scanner` does."""
 
     def __init__(self) -> None:
         self.usages: list[bytes] = []
         self.ids: list[bytes] = []
         self.created: list[bytes] = []
+        self._spans: tuple[Span | None, Span | None] | None = None
+        self._beginning = self._marked = b""
 
     def mark(self, frame: Frame) -> bytes:
-        usage = None if frame.about_usage else frame.cut
-        kinds = (usage, _USAGE, self.usages), (frame.id, _ID, self.ids), (frame.created, _CREATED, self.created)
-        text = frame.full
+        text, spans, usage = frame.full, (frame.id, frame.created), None if frame.about_usage else frame.cut
+        at = len(self._beginning)
+        if spans != self._spans or not text.startswith(self._beginning) or (usage and usage[0] < at):
+            return self._mark_anew(text, *spans, usage)
+        self.ids.append(self.ids[-1])
+        self.created.append(self.created[-1])
+        if usage is None:
+            return self._marked + text[at:]
+        start, end = usage
+        self.usages.append(text[start:end])
+        return b"".join((self._marked, text[at:start], _USAGE, text[end:]))
+
+    def _mark_anew(self, text: bytes, id_span: Span | None, created_span: Span | None, usage: Span | None) -> bytes:
+        kinds = (usage, _USAGE, self.usages), (id_span, _ID, self.ids), (created_span, _CREATED, self.created)
+        marked = text
         # From the last to the first, so that the spans that are left stay true.
         for span, mark, values in sorted((kind for kind in kinds if kind[0]), reverse=True, key=lambda kind: kind[0] or ()):
             start, end = span or (0, 0)
             values.append(text[start:end])
-            text = text[:start] + mark + text[end:]
-        return text
+            marked = marked[:start] + mark + marked[end:]
+        if id_span and created_span and not (usage and usage < max(id_span, created_span)):
+            end = max(id_span[1], created_span[1])
+            self._spans, self._beginning = (id_span, created_span), text[:end]
+            self._marked = marked[: end + 2 - len(self.ids[-1]) - len(self.created[-1])]
+        return marked
 
 
 def _few(values: list[bytes]) -> Values:

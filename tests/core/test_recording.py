@@ -472,3 +472,27 @@ def test_a_whole_answer_is_patched_in_id_and_created_only(write, body, identity)
 def test_a_body_that_is_no_json_object_has_no_spans(body):
     with pytest.raises(MalformedChunk):
         body_spans(body)
+
+
+def test_frames_that_begin_alike_keep_what_each_of_them_says():
+    """Ids, times and usages of the same length at the same places, one usage before the id, and one id that is another's."""
+    other = ID[:-1] + "X"
+    chunks = [
+        text("a", usage=None),
+        text("b", usage=None) | {"id": other},
+        text("c", usage=None) | {"created": CREATED + 1},
+        {"usage": None, **text("d")},
+        {"usage": None, **text("e")},
+        text("f", usage=None),
+        text("g"),
+    ]
+    recorder = Recorder()
+    for each in chunks:
+        recorder.add(orjson.dumps(each), 0)
+    recording = recorder.recording(META, b"{}")
+    loaded = Recording(META, recording.sse, Marks.unpack(recording.marks.pack()))
+    said = [b"data: %s\n\n" % orjson.dumps(each) for each in chunks]
+    assert loaded.frames(None, usage=True) == said
+    assert loaded.stream(None, usage=True) == b"".join(said)
+    fresh = [orjson.loads(frame[6:]) for frame in loaded.frames(Identity(b'"fresh"', b"7"), usage=True)]
+    assert fresh == [each | {"id": "fresh", "created": 7} for each in chunks]
