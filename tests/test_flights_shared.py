@@ -27,7 +27,7 @@ from gateway.errors import (
     UpstreamRefused,
     UpstreamReported,
 )
-from gateway.flight import Flight
+from gateway.flight import Abandoned, Flight
 from gateway.flights import Rules
 from gateway.ports import LogName
 from gateway.questions import Request
@@ -659,6 +659,24 @@ async def test_who_joins_elsewhere_just_when_a_stream_is_abandoned_gets_the_answ
     b.upstream.say(HELLO, WORLD, STOP, DONE)
     assert text_of(await read_all(late)) == "Hello world"
     assert late.reader.error is None
+
+
+async def test_who_resumes_elsewhere_just_when_a_stream_is_abandoned_gets_the_rest_all_the_same(replicas):
+    """Its replica has begun to read the log when the other one, which does not know it yet, gives it up."""
+    a, b, _ = replicas.start(when_abandoned="cancel", abandon_grace_s=IDLE_S)
+    first = await a.open()
+    await a.asked()
+    a.upstream.say(OPENING, HELLO)
+    await read_until(first, "Hello")
+    await come(lambda: replicas.log(first).count == 2)
+    a.leave(first)
+    again = await b.resume(first.stream_id, 1)
+    await read_until(again, "Hello")
+    a.flights._end(flight_of(first), Abandoned(StreamCancelled("Nobody is left.")))
+    await b.asked()
+    b.upstream.say(OPENING, HELLO, WORLD, STOP, DONE)
+    assert text_of(await read_all(again)) == " world"
+    assert again.reader.error is None
 
 
 async def test_who_came_back_and_left_again_has_the_whole_grace_once_more(replicas):
