@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -24,6 +24,8 @@ from gateway.pulse import Meter
 _PIECE_BYTES = 65_536
 _PIECE_FRAMES = 512
 FROM_START = Cursor(0)
+_BEHIND_THE_END = "The cursor is behind the end of the stream."
+_SAID_LESS = "The run that goes on with this stream ended before all that was shown of it."
 
 Push = Callable[[bytes], bool]
 """Sends what is due, if that can be done without waiting; tells whether it did."""
@@ -274,7 +276,9 @@ class _Place:
         """Whether the frame that the cursor counts to may be one of this log."""
         flight, cursor = self._flight, self._cursor
         if cursor.position:
-            return len(flight.runs) == 1 or cursor.after <= self._shown_before(flight.count)
+            # Beyond what there is a number says nothing: a log may have been written anew by another run, in other frames.
+            # But of one that has let go of its beginning it is all that tells.
+            return cursor.after <= self._shown_before(flight.count) or (flight.base > 0 and len(flight.runs) == 1)
         seen = flight.run_ended_at(self._run)
         if not flight.knows(self._run):
             seen = 0 if flight.alone else self._mirrored
@@ -311,8 +315,10 @@ class _Place:
         if after > number and flight.outcome is None:
             self.at = flight.count  # of what has come, nothing is needed
             return False
+        if after > number and self._cursor.position:
+            raise flight.error or StreamDiverged(_SAID_LESS)
         if after > number + 1:
-            raise flight.error or InvalidRequest("The cursor is behind the end of the stream.", param="after")
+            raise flight.error or InvalidRequest(_BEHIND_THE_END, param="after")
         self.at, self.number, self.over = flight.count, after, after > number
         return True
 
@@ -336,8 +342,7 @@ class _Place:
         except Diverged as error:
             raise StreamDiverged(str(error)) from None
         if not self._skip.reached and flight.outcome is not None:
-            message = "The run that goes on with this stream ended before all that was shown of it."
-            raise flight.error or StreamDiverged(message)
+            raise flight.error or StreamDiverged(_SAID_LESS)
         return self._skip.reached
 
 
@@ -346,7 +351,7 @@ _NO_CHANCE: Final[Draw] = random.Random(0)  # noqa: S311
 
 
 class RecordingReader(_Ending):
-    """A cursor over a recording, at a pace: it begins behind the event ``after``.
+    """A cursor over a recording, at a pace: it begins behind ``cursor``.
 
     The schedule counts from ``began_s`` on, by the pacer's clock, so that lateness never adds up.
     """
@@ -360,7 +365,7 @@ class RecordingReader(_Ending):
         pacer: Pacer,
         pace: Pace = INSTANT,
         draw: Draw | None = None,
-        after: int = 0,
+        cursor: Cursor = FROM_START,
         ids: EventIds | None = None,
     ) -> None:
         self.recording = recording
@@ -372,8 +377,8 @@ class RecordingReader(_Ending):
         self._pacer = pacer
         self._pace = pace
         self._draw = draw or _NO_CHANCE
-        self._after = after
-        self._cursor = 0
+        self._behind = cursor
+        self._next = 0
         self._frames: list[bytes] | None = None
         self._schedule: list[float] = []
         self._waiter: asyncio.Future[bytes | None] | None = None
@@ -381,14 +386,19 @@ class RecordingReader(_Ending):
         self._idle_s = self._silent_until_s = 0.0
 
     async def head(self, within_s: float | None) -> Mapping[str, str] | None:  # noqa: ARG002  # a recording's is there
-        """Raises `InvalidRequest` where there is no such place to begin."""
-        if self._after:
+        """Raises `InvalidRequest` where there is no such place to begin, `StreamDiverged` where something else was seen."""
+        if self._behind != FROM_START:
             self._load()
         return {}
 
     def at_once(self) -> bytes | None:
         """The whole stream, where nothing stands against sending it in one write."""
-        if self.ids or self._after or not self._pace.is_instant or len(self.recording.sse or b"") > 4 * _PIECE_BYTES:
+        if (
+            self.ids
+            or self._behind != FROM_START
+            or not self._pace.is_instant
+            or len(self.recording.sse or b"") > 4 * _PIECE_BYTES
+        ):
             return None
         if self.meter:
             self.meter.sent(self.recording.meta.frames)
@@ -424,7 +434,7 @@ class RecordingReader(_Ending):
 
     @property
     def at_end(self) -> bool:
-        return self.error is not None or (self._frames is not None and self._cursor == len(self._frames))
+        return self.error is not None or (self._frames is not None and self._next == len(self._frames))
 
     def end(self) -> bytes:
         """The event that ends the stream."""
@@ -459,7 +469,7 @@ class RecordingReader(_Ending):
         if self._frames is None:
             self._frames = self.recording.frames(self._identity, usage=self._usage)
             self._schedule = self._scheduled(self._frames)
-            if self._after or self.ids:
+            if self.ids or self._behind != FROM_START:
                 self._begin_behind(self._frames)
         return self._frames
 
@@ -473,41 +483,57 @@ class RecordingReader(_Ending):
         return self._pace.schedule(at_us, self._draw, speaking, tokens / spoken if tokens and spoken else 1.0)
 
     def _begin_behind(self, frames: list[bytes]) -> None:
+        """Puts ids on the events, and leaves out those that the caller has."""
+        first, rest = self._first_unseen(frames)
         for place, frame in enumerate(frames):
             if not frame:
                 continue
             self._number += 1
             if self.ids:
-                self.ids.pass_by(frame[len(b"data: ") :])
-                frames[place] = self.ids.stamp(frame, self._number)
-            if self._number <= self._after:
+                self.ids.pass_by(payload_of(frame))
+            if place < first:
                 frames[place] = b""
-        if self._after > self._number + 1:
-            raise InvalidRequest("The cursor is behind the end of the stream.", param="after")
-        self.over = self._after > self._number
+                continue
+            if place == first and rest is not None:
+                frame = encode(orjson.dumps(rest))  # noqa: PLW2901  # what is left of it
+            frames[place] = self.ids.stamp(frame, self._number) if self.ids else frame
+
+    def _first_unseen(self, frames: list[bytes]) -> tuple[int, dict[str, object] | None]:
+        """The place of the first frame that the caller has not, or not all of; and what is left of that."""
+        behind, shown = self._behind, [place for place, frame in enumerate(frames) if frame]
+        if behind.ended or (behind.after == len(shown) + 1 and not behind.position):
+            self.over = True
+            return len(frames), None
+        if behind.after <= len(shown):
+            first = shown[behind.after - 1] + 1 if behind.after else 0
+            if not behind.position or _position(frames[:first]) == behind.position:
+                return first, None
+        elif not behind.position:
+            raise InvalidRequest(_BEHIND_THE_END, param="after")
+        return _first_unsaid(frames, Skip(*parse_position(behind.position)))
 
     def _due(self, now_s: float) -> bytes:
         """What is due by now, or a piece of it; the cursor goes on behind it."""
-        frames, start, size = self._frames or [], self._cursor, 0
+        frames, start, size = self._frames or [], self._next, 0
         if self.error:
             return b""
         end = due_by(self._schedule, start, now_s - self.began_s)
-        while self._cursor < end and size < _PIECE_BYTES:
-            size += len(frames[self._cursor])
-            self._cursor += 1
-        if self.meter and self._cursor > start:
+        while self._next < end and size < _PIECE_BYTES:
+            size += len(frames[self._next])
+            self._next += 1
+        if self.meter and self._next > start:
             if not self._pace.is_instant:
                 self.meter.late(now_s - self.began_s - self._schedule[start])
-            self.meter.sent(self._cursor - start)
-        return frames[start] if self._cursor == start + 1 else b"".join(frames[start : self._cursor])
+            self.meter.sent(self._next - start)
+        return frames[start] if self._next == start + 1 else b"".join(frames[start : self._next])
 
     @property
     def last_due_s(self) -> float:
         """When the last frame was due that was given or pushed, by the pacer's clock."""
-        return self.began_s + self._schedule[self._cursor - 1]
+        return self.began_s + self._schedule[self._next - 1]
 
     def _next_due_s(self) -> float:
-        return self.began_s + self._schedule[self._cursor]
+        return self.began_s + self._schedule[self._next]
 
     def _duration_s(self) -> float:
         """How long it takes to the last frame."""
@@ -530,6 +556,26 @@ class RecordingReader(_Ending):
     def _settle(self, data: bytes | None) -> None:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(data)
+
+
+def _position(frames: Iterable[bytes]) -> str:
+    """What a caller has seen who has these; those that are empty were not shown."""
+    trace = Trace()
+    for frame in filter(None, frames):
+        trace.add(parse_chunk(payload_of(frame)))
+    return trace.position()
+
+
+def _first_unsaid(frames: Iterable[bytes], skip: Skip) -> tuple[int, dict[str, object] | None]:
+    """The place at which the frames of another run go on, and what is left of that one. Raises `StreamDiverged`."""
+    try:
+        for place, frame in enumerate(frames):
+            rest = skip.feed(parse_chunk(payload_of(frame))) if frame and not skip.reached else None
+            if skip.reached:
+                return (place, rest) if rest is not None else (place + 1, None)
+    except Diverged as error:
+        raise StreamDiverged(str(error)) from None
+    raise StreamDiverged(_SAID_LESS)
 
 
 def _speaking(frames: Sequence[bytes]) -> list[bool]:

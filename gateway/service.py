@@ -405,7 +405,8 @@ class Service:
         request, meta, now = question.request, recording.meta, self._clock.now()
         token = nonce = digits = ""
         if request.streamed and meta.flight:
-            token, digits, nonce = self._mint(question, "hit", FlightId(meta.flight), created=int(now))
+            run = meta.last_run or NO_RUN
+            token, digits, nonce = self._mint(question, "hit", FlightId(meta.flight), run=run, created=int(now))
         identity = None
         if self._rules.fresh_identity:
             digits = digits or self._digits(meta)

@@ -11,7 +11,7 @@ import orjson
 from gateway.core.apis import APIS, Api
 from gateway.core.policy import Disposition, age_s, remaining_s
 from gateway.core.recording import Identity, Recording
-from gateway.core.stream_id import Cursor, StreamId, UnknownStream, identity_digits, mint, open_token
+from gateway.core.stream_id import NO_RUN, Cursor, StreamId, UnknownStream, identity_digits, mint, open_token
 from gateway.errors import (
     GatewayError,
     InvalidRequest,
@@ -19,6 +19,7 @@ from gateway.errors import (
     StoreCorrupt,
     StoreError,
     StreamCancelled,
+    StreamDiverged,
     StreamLost,
     StreamNotFound,
     retold,
@@ -69,7 +70,7 @@ class Streams:
             if nonce in peeked.cancelled:
                 return None
             return self._replay(stream, await self._recording(name), cursor, token)
-        found = await self._flight(stream, name, headers, counted=cursor.after > 0 and not cursor.position)
+        found = await self._flight(stream, name, headers, counted=cursor.is_only_a_number)
         if found is None or nonce in found[0].cancelled:
             return None
         flight, mirrored = found
@@ -207,8 +208,10 @@ class Streams:
             original = recording.meta.id or APIS[stream.api].id_prefix
             identity = Identity.fresh(original, identity_digits(self._store.secret, stream), stream.created)
         ids = EventIds(token) if stream.event_ids else None
+        if cursor.is_only_a_number and (recording.meta.last_run or NO_RUN) != stream.run:
+            raise StreamDiverged("Another run has recorded the answer anew, and a number does not say what was seen.")
         pacer = self._service.pacer
-        reader = RecordingReader(recording, identity, usage=stream.usage, pacer=pacer, after=cursor.after, ids=ids)
+        reader = RecordingReader(recording, identity, usage=stream.usage, pacer=pacer, cursor=cursor, ids=ids)
         reader.nonce = stream.nonce.hex()
         self._service.begin_replay(reader)
         meta, now = recording.meta, self._clock.now()

@@ -572,16 +572,40 @@ async def test_who_has_seen_something_else_than_a_run_that_failed_is_told_that()
         await reader.head(None)
 
 
-@pytest.mark.parametrize(("ended", "rest"), [(False, END), (True, b"")], ids=["all but the end", "all and the end"])
-async def test_who_has_seen_all_of_it_in_more_frames_than_another_run_has_is_told_the_end_once(ended, rest):
-    """The number of the last frame that it has is that of the other run's end."""
-    flight = a_flight("Hel", "lo", runs=2)
+ALL_OF_IT = pytest.mark.parametrize(
+    ("ended", "rest"), [(False, END), (True, b"")], ids=["all but the end", "all and the end"]
+)
+
+
+@ALL_OF_IT
+@pytest.mark.parametrize("frames", [3, 4], ids=["one more", "two more"])
+@pytest.mark.parametrize("runs", [1, 2], ids=["a log that was written anew", "a log that was gone on with"])
+async def test_who_has_seen_all_of_it_in_more_frames_than_another_run_has_is_told_the_end_once(frames, runs, ended, rest):
+    """The number of the last frame that it has is that of the other run's end, or beyond it."""
+    flight = a_flight("Hel", "lo", runs=runs)
     flight.close(Complete())
-    cursor = Cursor(3, seen("Hello"), ended)
-    reader = FlightReader(flight, usage=False, cursor=cursor, run="run-0")
+    cursor = Cursor(frames, seen("Hello"), ended)
+    reader = FlightReader(flight, usage=False, cursor=cursor, run="run-9")
     assert await reader.head(None) == {}
     assert reader.over == ended
     assert (await reader.next(1.0), reader.end()) == (b"", rest)
+
+
+async def test_who_has_seen_some_of_it_in_more_frames_than_another_run_has_gets_the_rest():
+    flight = a_flight("Hel", "lo world")
+    reader = FlightReader(flight, usage=False, cursor=Cursor(5, seen("Hello")), run="run-9")
+    assert await reader.head(None) == {}
+    flight.close(Complete())
+    assert b'" world"' in await reader.next(1.0)
+    assert (await reader.next(1.0), reader.end()) == (b"", END)
+
+
+async def test_who_has_seen_more_than_another_run_said_in_all_is_told_so():
+    flight = a_flight("Hello")
+    flight.close(Complete())
+    reader = FlightReader(flight, usage=False, cursor=Cursor(5, seen("Hello wor")), run="run-9")
+    with pytest.raises(StreamDiverged):
+        await reader.head(None)
 
 
 async def test_who_has_seen_the_end_waits_for_nothing():

@@ -15,15 +15,18 @@ from scripted import USAGE, chunk
 
 from gateway import mirror, sharing
 from gateway.core.apis import CHAT
+from gateway.core.content import Trace
 from gateway.core.controls import Controls
 from gateway.core.dialects.openai import END
 from gateway.core.policy import Directives
+from gateway.core.recording import Recorder, Recording
 from gateway.core.stream_id import Cursor
 from gateway.errors import (
     GatewayError,
     ShuttingDown,
     StoreUnavailable,
     StreamCancelled,
+    StreamDiverged,
     UpstreamRefused,
     UpstreamReported,
 )
@@ -724,6 +727,75 @@ async def test_a_follower_elsewhere_keeps_a_flight_alive_that_nobody_reads_here(
     await replicas.landed()
     assert a.upstream.closed == 1
     assert replicas.is_idle
+
+
+# A hit whose recording another run of the same flight has replaced
+
+SAID = (OPENING, chunk({"content": "Hel"}), chunk({"content": "lo"}), WORLD, STOP)
+SAID_OTHERWISE = (OPENING, chunk({"content": "Hello wor"}), chunk({"content": "ld"}), STOP)
+
+
+def recorded_anew(recording: Recording, *chunks: dict[str, Any]) -> Recording:
+    recorder = Recorder()
+    for each in chunks:
+        recorder.add(json.dumps(each).encode(), 0)
+    return recorder.recording(recording.meta._replace(runs=(("5ec0d111", 0),)), b"{}")
+
+
+def position_after(*chunks: dict[str, Any]) -> str:
+    trace = Trace()
+    for each in chunks:
+        trace.add(json.loads(json.dumps(each)))
+    return trace.position()
+
+
+async def a_hit_recorded_anew(replicas: "Replicas", *chunks: dict[str, Any]) -> tuple[Replica, str]:
+    """Where it can be resumed, and by which id."""
+    a, b, _ = replicas.start()
+    first = await a.open()
+    await a.asked()
+    a.upstream.say(*SAID, DONE)
+    await read_all(first)
+    await replicas.landed()
+    hit = await a.open()
+    assert hit.disposition.kind == "hit"
+    assert text_of(hit.reader.at_once() or b"") == "Hello world"
+    [key] = replicas.store.recordings
+    replicas.store.recordings[key] = recorded_anew(replicas.store.recordings[key], *chunks)
+    return b, hit.stream_id
+
+
+@pytest.mark.parametrize("seen", range(1, len(SAID) + 1))
+async def test_a_hit_is_resumed_by_what_was_seen_of_it_whoever_has_recorded_it_meanwhile(replicas, seen):
+    b, token = await a_hit_recorded_anew(replicas, *SAID_OTHERWISE)
+    again = await b.streams.resume(token, Cursor(seen, position_after(*SAID[:seen])), NOBODY)
+    assert await again.reader.head(None) == {}
+    rest = await whole_stream(again)
+    assert "".join(each["choices"][0]["delta"].get("content") or "" for each in SAID[:seen]) + text_of(rest) == "Hello world"
+    assert rest.endswith(END)
+
+
+async def test_a_hit_that_was_seen_to_its_end_has_no_more_whoever_has_recorded_it_meanwhile(replicas):
+    b, token = await a_hit_recorded_anew(replicas, *SAID_OTHERWISE)
+    again = await b.streams.resume(token, Cursor(len(SAID) + 1, position_after(*SAID), ended=True), NOBODY)
+    await again.reader.head(None)
+    assert again.reader.over
+
+
+@pytest.mark.parametrize("text", ["Help me", "Hell"], ids=["another text", "less text"])
+async def test_a_hit_of_which_something_else_was_seen_is_not_gone_on_with(replicas, text):
+    b, token = await a_hit_recorded_anew(replicas, OPENING, chunk({"content": text}), STOP)
+    again = await b.streams.resume(token, Cursor(3, position_after(*SAID[:3])), NOBODY)
+    with pytest.raises(StreamDiverged):
+        await again.reader.head(None)
+
+
+async def test_a_number_alone_resumes_a_hit_only_as_long_as_it_is_that_recording(replicas):
+    b, token = await a_hit_recorded_anew(replicas, *SAID_OTHERWISE)
+    with pytest.raises(StreamDiverged):
+        await b.resume(token, 3)
+    again = await b.resume(token)
+    assert text_of(await read_all(again)) == "Hello world"
 
 
 # The leader is gone

@@ -237,6 +237,11 @@ class Meta(NamedTuple):
     content: str = ""
     """A digest of what was said, where several answers of one question are kept."""
 
+    @property
+    def last_run(self) -> str:
+        """The run that wrote the last frame; empty where it is the one that began the flight."""
+        return self.runs[-1][0] if self.runs else ""
+
     def dumps(self) -> bytes:
         return orjson.dumps(self._asdict())
 

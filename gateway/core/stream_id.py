@@ -182,6 +182,11 @@ class Cursor(NamedTuple):
     position: str = ""
     ended: bool = False
 
+    @property
+    def is_only_a_number(self) -> bool:
+        """Whether it hangs on whose events were counted."""
+        return self.after > 0 and not (self.position or self.ended)
+
 
 def format_cursor(token: str, after: int, position: str = "", ended: bool = False) -> bytes:  # noqa: FBT001, FBT002  # as a Cursor
     """The id of an event: ``TOKEN.12`` or ``TOKEN.12.1f-abcdefgh``, and that of the last one with ``.end`` behind it."""
