@@ -156,7 +156,7 @@ class Streams:
             raise
         if stream.nonce.hex() in peeked.cancelled:
             return None
-        flight = known or self._flights.named(name, stream.run)
+        flight = self._flights.named(name, stream.run, peeked.writer)
         if flight is None:
             flight = await self._flight_elsewhere(APIS[stream.api], name, peeked, headers)
         return flight, None if peeked.promised and not was_abandoned(peeked.end) else peeked.mirrored

@@ -894,6 +894,26 @@ async def test_of_two_leaders_the_old_one_serves_its_own_readers_and_writes_noth
     assert b"of mine" not in log.frames
 
 
+@pytest.mark.parametrize("ended", [False, True], ids=["has not heard of it", "has just ended"])
+async def test_who_reads_from_the_new_leader_gets_nothing_of_an_old_one(replicas, ended):
+    first, followers, _, leader, _ = await begun_and_dead(replicas)
+    old = replicas.all[0]
+    reads_at_leader = next(each for each in followers if flight_of(each).resolution == "led")
+    leader.upstream.say(*second("Hello world", "!"))
+    await read_until(reads_at_leader, "!")
+    old.upstream.say(chunk({"content": " of mine"}), chunk({"content": ", and more"}))
+    await read_until(first, "more")
+    old.store.broken = False
+    if ended:
+        old.upstream.say(STOP, DONE)
+        await whole_stream(first)
+        await come(lambda: not len(old.flights))
+    leader.upstream.say(*second(" Bye."), SECOND_STOP, DONE)
+    resumed = await old.resume(reads_at_leader.stream_id, flight_of(reads_at_leader).count)
+    assert resumed
+    assert text_of(await whole_stream(resumed)) == " Bye."
+
+
 async def test_a_lease_that_is_lost_while_its_holder_lives_is_taken_again(replicas):
     a, b, _ = replicas.start()
     first = await a.open()
