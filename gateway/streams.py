@@ -11,7 +11,7 @@ import orjson
 from gateway.core.apis import APIS, Api
 from gateway.core.policy import Disposition, age_s, remaining_s
 from gateway.core.recording import Identity, Recording
-from gateway.core.stream_id import Cursor, StreamId, UnknownStream, identity_digits, mint, open_token
+from gateway.core.stream_id import NO_RUN, Cursor, StreamId, UnknownStream, identity_digits, mint, open_token
 from gateway.errors import (
     GatewayError,
     InvalidRequest,
@@ -68,7 +68,10 @@ class Streams:
             peeked = await self._peek(name)
             if nonce in peeked.cancelled:
                 return None
-            return self._replay(stream, await self._recording(name), cursor, token)
+            recording = await self._recording(name)
+            if stream.run not in (NO_RUN, recording.meta.run):
+                raise StreamNotFound(_UNKNOWN)
+            return self._replay(stream, recording, cursor, token)
         found = await self._flight(stream, name, headers, counted=cursor.after > 0 and not cursor.position)
         if found is None or nonce in found[0].cancelled:
             return None

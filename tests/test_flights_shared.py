@@ -24,6 +24,7 @@ from gateway.errors import (
     ShuttingDown,
     StoreUnavailable,
     StreamCancelled,
+    StreamNotFound,
     UpstreamRefused,
     UpstreamReported,
 )
@@ -912,6 +913,21 @@ async def test_who_reads_from_the_new_leader_gets_nothing_of_an_old_one(replicas
     resumed = await old.resume(reads_at_leader.stream_id, flight_of(reads_at_leader).count)
     assert resumed
     assert text_of(await whole_stream(resumed)) == " Bye."
+
+
+async def test_who_got_the_answer_of_an_old_leader_goes_on_with_no_other_one(replicas):
+    """It had ended before it heard of the new one, and gives what it has to who comes in that moment."""
+    first, _, _, leader, other = await begun_and_dead(replicas)
+    old = replicas.all[0]
+    leader.upstream.say(*second("Hello world", "!", " Bye."), SECOND_STOP, DONE)
+    await come(lambda: replicas.store.recordings)
+    old.upstream.say(chunk({"content": " of mine"}), STOP, DONE)
+    await whole_stream(first)
+    hit = await old.open()
+    assert hit.disposition.kind == "hit"
+    assert text_of(await whole_stream(hit)) == "Hello world of mine"
+    with pytest.raises(StreamNotFound):
+        await other.resume(hit.stream_id, 3)
 
 
 async def test_a_lease_that_is_lost_while_its_holder_lives_is_taken_again(replicas):
