@@ -131,6 +131,11 @@ class Worker:
             await asyncio.sleep(timeout_s / _LOOKS)
             silent = 0 if self._heard != heard else silent + 1
 
+    def stop_starting(self) -> None:
+        """It is to end, if it has yet to serve: until then it does not listen to what is sent."""
+        if not self.serves.is_set() and self.process.returncode is None:
+            self.process.terminate()
+
     async def ended(self) -> int:
         """Returns its exit code, once it has one."""
         code = await self.process.wait()
@@ -293,6 +298,8 @@ class Supervisor:
         for sock in (*self._sockets[0], *self._sockets[1]):
             sock.close()  # the workers have it still: it is theirs to take what waits there
         self._tell({"stop": "now" if self._stop.is_urgent else "please"})
+        for worker in self._workers.values():
+            worker.stop_starting()
         hurrying = asyncio.create_task(self._hurry())
         server = self._loaded.config.server
         if keepers:
