@@ -110,12 +110,16 @@ class Flights:
         flight = self._by_key.get(key)
         return flight if flight and flight.is_joinable else None
 
-    def named(self, name: LogName, run: str) -> Flight | None:
-        """The flight of that log that this replica writes or reads, as a reader of the run ``run`` knows it."""
+    def named(self, name: LogName, run: str, writer: str = "") -> Flight | None:
+        """The flight of that log that this replica writes or reads, as a reader of the run ``run`` knows it; ``writer`` is
+        whose the log is by now, where that is known.
+        """
         flight = self._by_name.get(name)
-        shared = self._shared.get(flight) if flight else None
+        if flight is None or flight.run == run or flight.resolution != "led":
+            return flight
         # A log that others have taken over is another's: here is only what the callers of this replica's run have seen.
-        return None if shared and shared.fenced and flight and flight.run != run else flight
+        is_ours = writer in ("", str(self._sharing.writer(flight.run)))
+        return flight if is_ours and not self._is_fenced(flight) else None
 
     def start(self, plan: Plan) -> Flight:
         """Begins an upstream call in a task of its own, or follows the one that another replica has begun.

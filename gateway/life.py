@@ -136,7 +136,8 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         server = HttpServer(app, app[RUNNING], patience(config), app[LIMITS], RUNNER_OPTIONS, shared=shared)
         stack.push_async_callback(server.close)
         await server.open()
-        await load_recordings(app, config)
+        if not await stop.begins_with(load_recordings(app, config)):  # which may take minutes
+            return
         sockets, admin_sockets = boss.sockets(config.server), boss.admin_sockets(config.admin)
         address = sockets[0].getsockname()
         admin_address = admin_sockets[0].getsockname() if admin_sockets else None

@@ -250,6 +250,8 @@ class Peeked:
     """How much of the log readers of the run that was asked for have seen for certain, as in `Mirrored`."""
     promised: bool = False
     """Whether they have seen nothing else: that run has promised so, or has taken the log over."""
+    writer: str = ""
+    """Whose the log is: the holder of its lease, or who wrote last."""
 
 
 Want = Literal["stream", "whole", "timed", "meta"]

@@ -11,7 +11,7 @@ from gateway.core.key import CacheKey
 from gateway.core.pacing import Draw, Pace
 from gateway.core.policy import Disposition, ModelRules, age_s, remaining_s, staleness_s
 from gateway.core.recording import Identity, Meta, Recording
-from gateway.core.stream_id import NO_RUN, StreamId, mint, traceable_digits
+from gateway.core.stream_id import StreamId, mint, traceable_digits
 from gateway.errors import (
     GatewayError,
     NotCached,
@@ -405,8 +405,7 @@ class Service:
         request, meta, now = question.request, recording.meta, self._clock.now()
         token = nonce = digits = ""
         if request.streamed and meta.flight:
-            run = meta.last_run or NO_RUN
-            token, digits, nonce = self._mint(question, "hit", FlightId(meta.flight), run=run, created=int(now))
+            token, digits, nonce = self._mint(question, "hit", FlightId(meta.flight), run=meta.run, created=int(now))
         identity = None
         if self._rules.fresh_identity:
             digits = digits or self._digits(meta)
@@ -454,7 +453,7 @@ class Service:
             self._store.stop_listening(name.flight, rung.set)
 
     def _mint(
-        self, question: Question, kind: StreamKind, flight: FlightId, *, run: str = NO_RUN, created: int = 0
+        self, question: Question, kind: StreamKind, flight: FlightId, *, run: str, created: int = 0
     ) -> tuple[str, str, str]:
         """A new stream's id, the digits from which its fresh identity follows, and the reader's name."""
         request, nonce = question.request, self._random.randbytes(8)

@@ -42,14 +42,27 @@ class Stop:
 
     async def wait_for(self, what: Awaitable[Any], within_s: float) -> bool:
         """Waits for it, but no longer than that, and not where there is no time; tells whether it came."""
-        tasks = [asyncio.ensure_future(what), asyncio.ensure_future(self._hurry.wait())]
-        try:
-            done, _ = await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
-            return tasks[0] in done
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await _comes_before(self._hurry, what, within_s)
+
+    async def begins_with(self, what: Awaitable[Any]) -> bool:
+        """Waits for what has to come before all else, until the process is asked to end; tells whether it came.
+
+        Raises what it raises.
+        """
+        return await _comes_before(self._asked, what)
+
+
+async def _comes_before(event: asyncio.Event, what: Awaitable[Any], within_s: float | None = None) -> bool:
+    tasks = [asyncio.ensure_future(what), asyncio.ensure_future(event.wait())]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0] in done:
+            tasks[0].result()
+        return tasks[0] in done
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def on_signal(number: int, then: Callable[[], object]) -> None:

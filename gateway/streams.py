@@ -157,7 +157,7 @@ class Streams:
             raise
         if stream.nonce.hex() in peeked.cancelled:
             return None
-        flight = known or self._flights.named(name, stream.run)
+        flight = self._flights.named(name, stream.run, peeked.writer)
         if flight is None:
             flight = await self._flight_elsewhere(APIS[stream.api], name, peeked, headers)
         return flight, None if peeked.promised and not was_abandoned(peeked.end) else peeked.mirrored
@@ -208,7 +208,7 @@ class Streams:
             original = recording.meta.id or APIS[stream.api].id_prefix
             identity = Identity.fresh(original, identity_digits(self._store.secret, stream), stream.created)
         ids = EventIds(token) if stream.event_ids else None
-        if cursor.is_only_a_number and (recording.meta.last_run or NO_RUN) != stream.run:
+        if cursor.is_only_a_number and stream.run not in (NO_RUN, recording.meta.run):
             raise StreamDiverged("Another run has recorded the answer anew, and a number does not say what was seen.")
         pacer = self._service.pacer
         reader = RecordingReader(recording, identity, usage=stream.usage, pacer=pacer, cursor=cursor, ids=ids)

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
 from itertools import count
 from typing import Any, Self
@@ -95,9 +95,10 @@ class Worker:
 
     @classmethod
     async def start(cls, loaded: Loaded, listening: Listening, url: str, store: str) -> Self:
-        """The same command again, with the same interpreter, environment and flags, and one flag more."""
+        """The same command again, with the same interpreter, environment and flags, and one flag more. Raises `OSError`."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, ExitStack() as failing:
+            failing.callback(ours.close)
             descriptors, admin_descriptors = ([sock.fileno() for sock in each] for each in listening)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -108,6 +109,7 @@ class Worker:
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the supervisor, which then ends its workers
             )
+            failing.pop_all()
         worker = cls(process, await Channel.over(ours), loaded)
         told = {"listening": descriptors, "admin_listening": admin_descriptors}
         worker.send({**told, "url": url, "store": store, "text": loaded.text})
@@ -129,6 +131,11 @@ class Worker:
             await asyncio.sleep(timeout_s / _LOOKS)
             silent = 0 if self._heard != heard else silent + 1
 
+    def stop_starting(self) -> None:
+        """It is to end, if it has yet to serve: until then it does not listen to what is sent."""
+        if not self.serves.is_set() and self.process.returncode is None:
+            self.process.terminate()
+
     async def ended(self) -> int:
         """Returns its exit code, once it has one."""
         code = await self.process.wait()
@@ -148,6 +155,8 @@ class Worker:
         return None if answer is None else answer["snapshot"]
 
     async def _ask(self, message: Message, within_s: float) -> Message | None:
+        if self._hearing.done():
+            return None
         number = next(self._numbers)
         answer: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
         self._answers[number] = answer
@@ -217,7 +226,8 @@ class Supervisor:
 
     async def _start(self, keepers: list["asyncio.Task[None]"]) -> None:
         for place in range(self._loaded.config.server.workers):
-            worker = await self._hire(place)
+            if (worker := await self._hire_in_time(place)) is None:
+                return
             keepers.append(asyncio.create_task(self._keep(place, worker)))
             if place == 0:
                 await worker.serves.wait()  # what is wrong is told once, and not by all of them
@@ -249,12 +259,23 @@ class Supervisor:
                 return
             log.warning("worker %d has ended (%s): another one takes its place", worker.process.pid, _how(code))
             failures = 0 if loop.time() - began_s > _STEADY_S else failures + 1
+            if (another := await self._hire_in_time(place, failures)) is None:
+                return
+            self._restarts[place] = self._restarts.get(place, 0) + 1
+            worker = another
+
+    async def _hire_in_time(self, place: int, failures: int = 0) -> Worker | None:
+        """A worker, after so many in a row that did not live long; None where the supervisor ends before."""
+        while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s(failures)):
                     await self._stop.asked()
-                    return
-            self._restarts[place] = self._restarts.get(place, 0) + 1
-            worker = await self._hire(place)
+                    return None
+            try:
+                return await self._hire(place)
+            except OSError as error:  # what the system has too little of now, it may have in a while
+                log.warning("no worker can be started: %s", error)
+                failures = max(failures, 1) + 1
 
     async def _ended(self, worker: Worker) -> int:
         """Returns its exit code, once it has ended, by itself or because it hangs."""
@@ -277,6 +298,8 @@ class Supervisor:
         for sock in (*self._sockets[0], *self._sockets[1]):
             sock.close()  # the workers have it still: it is theirs to take what waits there
         self._tell({"stop": "now" if self._stop.is_urgent else "please"})
+        for worker in self._workers.values():
+            worker.stop_starting()
         hurrying = asyncio.create_task(self._hurry())
         server = self._loaded.config.server
         if keepers:

@@ -380,6 +380,7 @@ class FakeStore:
             readers=sum(found.readers.values()),
             mirrored=mirrored.seen,
             promised=mirrored.until_ms > now_ms(),
+            writer=found.owner or (found.last_writer if found.entries else ""),
         )
 
     async def recording_of(self, log: LogName) -> Recording | None:

@@ -984,6 +984,41 @@ async def test_of_two_leaders_the_old_one_serves_its_own_readers_and_writes_noth
     assert b"of mine" not in log.frames
 
 
+@pytest.mark.parametrize("ended", [False, True], ids=["has not heard of it", "has just ended"])
+async def test_who_reads_from_the_new_leader_gets_nothing_of_an_old_one(replicas, ended):
+    first, followers, _, leader, _ = await begun_and_dead(replicas)
+    old = replicas.all[0]
+    reads_at_leader = next(each for each in followers if flight_of(each).resolution == "led")
+    leader.upstream.say(*second("Hello world", "!"))
+    await read_until(reads_at_leader, "!")
+    old.upstream.say(chunk({"content": " of mine"}), chunk({"content": ", and more"}))
+    await read_until(first, "more")
+    old.store.broken = False
+    if ended:
+        old.upstream.say(STOP, DONE)
+        await whole_stream(first)
+        await come(lambda: not len(old.flights))
+    leader.upstream.say(*second(" Bye."), SECOND_STOP, DONE)
+    resumed = await old.resume(reads_at_leader.stream_id, flight_of(reads_at_leader).count)
+    assert resumed
+    assert text_of(await whole_stream(resumed)) == " Bye."
+
+
+async def test_who_got_the_answer_of_an_old_leader_goes_on_with_no_other_one(replicas):
+    """It had ended before it heard of the new one, and gives what it has to who comes in that moment."""
+    first, _, _, leader, other = await begun_and_dead(replicas)
+    old = replicas.all[0]
+    leader.upstream.say(*second("Hello world", "!", " Bye."), SECOND_STOP, DONE)
+    await come(lambda: replicas.store.recordings)
+    old.upstream.say(chunk({"content": " of mine"}), STOP, DONE)
+    await whole_stream(first)
+    hit = await old.open()
+    assert hit.disposition.kind == "hit"
+    assert text_of(await whole_stream(hit)) == "Hello world of mine"
+    with pytest.raises(StreamDiverged):
+        await other.resume(hit.stream_id, 3)
+
+
 async def test_a_lease_that_is_lost_while_its_holder_lives_is_taken_again(replicas):
     a, b, _ = replicas.start()
     first = await a.open()

@@ -141,7 +141,7 @@ def _bound(made):
 def test_completions_samples_runs_and_ignored_paths_come_back():
     parts = [text_chunk("a"), text_chunk("b"), text_chunk("", "stop")]
     made = recording(map(compact, parts), request={"model": "m", "prompt": "x", "seed": 3}, api="completions", content="c")
-    made = replace(made, meta=made.meta._replace(runs=(("a.1", 0), ("b.2", 2)), stale_s=5.0))
+    made = replace(made, meta=made.meta._replace(runs=(("0123abcd", 0), ("4567abcd", 2)), stale_s=5.0))
     value = assert_comes_back(Line(made, sample=2, ignored=("seed",)))
     assert value["request"]["canonical"] == {"prompt": "x"}
 
@@ -261,7 +261,9 @@ def changed(path, value):
         ("meta.ttl_s", "60", "meta.ttl_s: has a wrong type"),
         ("meta.ttl_s", -1, "meta.ttl_s: must be 0 or more"),
         ("meta.tags", [None], "meta.tags.0: has a wrong type"),
-        ("meta.runs", [["a"]], "meta.runs.0: has a wrong type"),
+        ("meta.runs", [["0123abcd"]], "meta.runs.0: has a wrong type"),
+        ("meta.runs", [["0123abcg", 0]], "meta.runs.0: has a wrong type"),
+        ("meta.flight", "mine", "meta.flight: must be 16 hexadecimal digits"),
         ("meta.expires", 1, "meta.expires: is not a member"),
     ],
 )

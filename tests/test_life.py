@@ -10,9 +10,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+from redis import Redis
 from running import RedisServer, next_block
 from scripted import Asked, ScriptedUpstream, chunk
 from served import Served
+from stores import until
 
 pytestmark = pytest.mark.usefixtures("no_task_is_left")
 PATIENCE_S = 15.0
@@ -38,7 +40,7 @@ def start(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path)
     scripted = {"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}
     with ExitStack() as stack:
 
-        def start(*arguments: str, **settings: str) -> Served:
+        def start(*arguments: str, wait: bool = True, **settings: str) -> Served:
             values = {
                 "redis_url": shared_redis.url,
                 "redis_prefix": f"t{tmp_path.name}",
@@ -49,7 +51,7 @@ def start(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path)
                 **settings,
             }
             environ = {f"GATEWAY_{name.upper()}": value for name, value in values.items()}
-            return stack.enter_context(Served(tmp_path, *arguments, **environ))
+            return stack.enter_context(Served(tmp_path, *arguments, wait=wait, **environ))
 
         yield start
 
@@ -81,7 +83,8 @@ async def until_it_drains(session: aiohttp.ClientSession, served: Served) -> Non
 async def ends(served: Served) -> str:
     """What was said until it had ended by itself, without a fault."""
     assert served.process.stderr
-    served.said += await asyncio.to_thread(served.process.stderr.read)
+    async with asyncio.timeout(PATIENCE_S):
+        served.said += await asyncio.to_thread(served.process.stderr.read)
     assert served.process.wait(PATIENCE_S) == 0
     assert "Traceback" not in served.said
     return served.said
@@ -131,6 +134,23 @@ async def test_who_asks_twice_does_not_wait_for_the_grace(start, session, upstre
     assert last["error"]["code"] == "shutting_down"
     assert "resume" in last["error"]["message"]
     await ends(served)
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+async def test_who_is_told_to_end_while_it_starts_does_not_finish_that(start, shared_redis, tmp_path, workers):
+    (tmp_path / "many.jsonl").write_text("".join(f"{recording_of(f'question {number}')}\n" for number in range(100_000)))
+    replay = ("--workers", workers, "--mode", "replay", "--recordings", "many.jsonl")
+    served = start(*replay, wait=False, server_shutdown_grace_s=LONG_S)
+    with Redis.from_url(shared_redis.url) as redis:
+        await until(lambda: next(redis.scan_iter(f"t{tmp_path.name}:*:rec"), None) is not None, PATIENCE_S)
+    served.process.send_signal(signal.SIGTERM)
+    assert "listening" not in await ends(served)
+
+
+def recording_of(content: str) -> str:
+    """A line of a file of recordings."""
+    request = {"api": "chat", "body": {"model": "model-1", "messages": [{"role": "user", "content": content}]}}
+    return json.dumps({"v": 1, "request": request, "answer": {"frames": [chunk({"content": "Hello"}, "stop")]}})
 
 
 async def test_no_connection_that_the_system_has_taken_is_lost(start, upstream):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,10 +21,11 @@ from scripted import Asked, ScriptedUpstream, chunk
 from served import ENVIRON, Served, gone
 from stores import until
 
+from gateway.channel import Channel
 from gateway.config import load
 from gateway.errors import StoreUnavailable
 from gateway.store import embedded
-from gateway.supervisor import pause_s, supervise
+from gateway.supervisor import Worker, pause_s, supervise
 from gateway.watching import Source
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="which worker serves whom is found in /proc")
@@ -373,6 +375,28 @@ async def test_without_a_store_to_share_one_process_serves_and_says_so(tmp_path,
     with caplog.at_level(logging.WARNING):
         assert await supervise(source, load(None, {}, {"server": {"workers": 4, "port": 0}}), print) is None
     assert "only one serves" in caplog.text
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_again(start, session, upstream):
+    served = await start()
+    supervisor, [killed, _] = served.process.pid, served.workers
+    soft, hard = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (3, hard))
+    os.kill(killed, signal.SIGKILL)
+    await hears(served, "no worker can be started")
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (soft, hard))
+    await by_then(lambda: len(served.workers) == 2)
+
+
+async def test_nobody_waits_for_the_answer_of_a_worker_that_is_gone():
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    loaded = load(None, {}, {})
+    worker = Worker(process, await Channel.over(ours), loaded)
+    assert await worker.ended() == 0
+    async with asyncio.timeout(PATIENCE_S):
+        assert await worker.take(loaded) is None
 
 
 def test_workers_that_die_again_and_again_are_not_replaced_in_a_spin():

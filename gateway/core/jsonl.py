@@ -19,6 +19,7 @@ string, so that every byte survives whoever reads and writes the line. What can 
 it is found again when it is read, by the code that records.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ _DIGEST_BYTES = 16
 _LATEST_US = 1 << 63
 _OWNERS = ("shared", "namespace", "tenant")
 _NAMESPACE = "ns:"
+# The ids of streams are made of them.
+_FLIGHT, _RUN = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-f]{8}")
 
 
 class BadLine(ValueError):
@@ -311,7 +314,7 @@ def _meta(api: Api, asked: _Members, told: _Members, body: dict[str, Any] | None
         ttl_s=told.number("ttl_s"),
         id="",
         whole=told.take("whole", bool, False),
-        flight=told.take("flight", str, ""),
+        flight=_flight(told),
         runs=tuple((run, first) for run, first in runs),
         stale_s=told.number("stale_s"),
         namespace=(namespace := asked.take("namespace", str, "")),
@@ -321,8 +324,15 @@ def _meta(api: Api, asked: _Members, told: _Members, body: dict[str, Any] | None
     )
 
 
+def _flight(told: _Members) -> str:
+    flight: str = told.take("flight", str, "")
+    if flight and not _FLIGHT.fullmatch(flight):
+        raise BadLine("meta.flight: must be 16 hexadecimal digits")
+    return flight
+
+
 def _is_run(value: Any) -> bool:
-    return isinstance(value, list) and list(map(type, value)) == [str, int]
+    return isinstance(value, list) and list(map(type, value)) == [str, int] and bool(_RUN.fullmatch(value[0]))
 
 
 def _owner(asked: _Members, namespace: str) -> str:

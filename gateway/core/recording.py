@@ -238,9 +238,9 @@ class Meta(NamedTuple):
     """A digest of what was said, where several answers of one question are kept."""
 
     @property
-    def last_run(self) -> str:
-        """The run that wrote the last frame; empty where it is the one that began the flight."""
-        return self.runs[-1][0] if self.runs else ""
+    def run(self) -> str:
+        """The one that wrote the last frame: of one flight, two that know nothing of each other may both come to an end."""
+        return self.runs[-1][0] if self.runs else self.flight[:8]
 
     def dumps(self) -> bytes:
         return orjson.dumps(self._asdict())

@@ -17,7 +17,7 @@ from gateway.core.content import parse_position
 from gateway.core.key import CacheKey
 
 NO_RUN = "00000000"
-"""The run of a stream that has none."""
+"""The run of a stream of which it is not known: of a hit that an earlier version gave."""
 
 _VERSION = 1
 _APIS = ("chat", "completions")  # by number: only ever append
@@ -44,7 +44,7 @@ class UnknownStream(ValueError):
 class StreamId(NamedTuple):
     """One reader's stream.
 
-    ``key`` is 40 hexadecimal digits, ``flight`` 16, ``run`` 8 (`NO_RUN` if there is none); ``created`` are Unix seconds
+    ``key`` is 40 hexadecimal digits, ``flight`` 16, ``run`` 8 (`NO_RUN` if it is not known); ``created`` are Unix seconds
     (32 bits), ``nonce`` 8 bytes. ``shared``: the entries are not a tenant's. ``fresh``: a hit whose id and time are new.
     """
 

@@ -104,7 +104,7 @@ class Logs:
         names = [keys.log(log), keys.lease(log), keys.recording(log.key), keys.replaced(log)]
         names += [keys.request(log), keys.readers(log), keys.cancelled(log), keys.mirrored(log)]
         answer = await self._server.run(scripts.PEEK.call(names, log.flight, run), "steady")
-        exists, count, head, end, lease_ms, recorded, request, cancelled, readers, mirrored, promised = answer
+        exists, count, head, end, lease_ms, recorded, request, cancelled, readers, mirrored, promised, writer = answer
         return Peeked(
             log=bool(exists),
             count=count,
@@ -117,6 +117,7 @@ class Logs:
             readers=readers,
             mirrored=mirrored,
             promised=bool(promised),
+            writer=writer.decode(),
         )
 
     async def cancel(self, log: LogName, reader: str) -> None:

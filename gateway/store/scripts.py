@@ -296,7 +296,7 @@ local seen, until_ms = string.match(redis.call('HGET', mirrored, ARGV[2]) or '',
 local promised = until_ms and (until_ms == 'ever' or tonumber(until_ms) > now_ms())
 return {last.exists and 1 or 0, last.count, head, last._end or '', redis.call('PTTL', lease), recorded and 1 or 0,
   redis.call('GET', request) or '', redis.call('SMEMBERS', cancelled), others(readers, ''), tonumber(seen or 0),
-  promised and 1 or 0}
+  promised and 1 or 0, redis.call('GET', lease) or last._w or ''}
 """
 )
 
