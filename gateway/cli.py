@@ -12,7 +12,7 @@ from typing import Any
 from gateway import __version__, commands, file_commands
 from gateway.config import Loaded
 from gateway.errors import CommandFailed, ConfigError
-from gateway.logs import log_as
+from gateway.logs import log_as, unhindered
 from gateway.watching import Source
 
 
@@ -79,7 +79,6 @@ def _run(run: Callable[[Source, Loaded], int], options: argparse.Namespace) -> i
         return _work(options)
     source = Source(options.config, os.environ, _flags(options))
     loaded = source.load()
-    log_as(loaded)
     for warning in loaded.warnings:
         _say(f"warning: {warning}")
     return run(source, loaded)
@@ -100,20 +99,23 @@ def _work(options: argparse.Namespace) -> int:
     from gateway.worker import Employed  # noqa: PLC0415
 
     employed = Employed(options.worker, options.config, os.environ, _flags(options))
-    log_as(employed.loaded)
-    _runner()(serve(employed.loaded, employed))
+    with unhindered():
+        log_as(employed.loaded)
+        _runner()(serve(employed.loaded, employed))
     return 0
 
 
 def _serve(source: Source, loaded: Loaded) -> int:
-    if loaded.config.server.workers > 1:
-        from gateway.supervisor import supervise  # noqa: PLC0415
+    with unhindered():
+        log_as(loaded)
+        if loaded.config.server.workers > 1:
+            from gateway.supervisor import supervise  # noqa: PLC0415
 
-        if (code := asyncio.run(supervise(source, loaded, _say))) is not None:
-            return code
-    from gateway.life import serve_alone  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
+            if (code := asyncio.run(supervise(source, loaded, _say))) is not None:
+                return code
+        from gateway.life import serve_alone  # noqa: PLC0415  # `gateway --help` need not wait for the whole service to load
 
-    _runner()(serve_alone(source, loaded, _say))
+        _runner()(serve_alone(source, loaded, _say))
     return 0
 
 
@@ -127,6 +129,7 @@ def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
 
 
 def _check(_: Source, loaded: Loaded) -> int:
+    log_as(loaded)
     from gateway.app import MODES, describe_upstreams, rehearse  # noqa: PLC0415
 
     config = loaded.config

@@ -1,8 +1,10 @@
 """How a process ends: what it is asked for meanwhile, what becomes of what it serves, and its exit code."""
 
 import asyncio
+import fcntl
 import json
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -151,6 +153,16 @@ def recording_of(content: str) -> str:
     """A line of a file of recordings."""
     request = {"api": "chat", "body": {"model": "model-1", "messages": [{"role": "user", "content": content}]}}
     return json.dumps({"v": 1, "request": request, "answer": {"frames": [chunk({"content": "Hello"}, "stop")]}})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pipes are as large as they are")
+async def test_a_log_that_nobody_reads_stops_nothing(start, session):
+    served = start(log_access="true")
+    fcntl.fcntl(served.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    for _ in range(200):
+        assert (await readiness(session, served))[0] == 200
+    served.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(served.process.wait, PATIENCE_S) == 0
 
 
 async def test_no_connection_that_the_system_has_taken_is_lost(start, upstream):

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import os
 import resource
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError
 
+import aiohttp
 import openai
 import pytest
 from cores import Core
@@ -844,6 +846,50 @@ async def test_where_nothing_can_be_accepted_it_is_not_tried_all_the_time(monkey
     acceptor._ready()
     assert acceptor._socket.tries <= 3
     assert paused == [door._ACCEPT_AGAIN_S] * 2
+
+
+@pytest.mark.slow
+def test_calls_that_are_given_up_while_they_connect_close_no_connection_of_anybody_else():
+    """uvloop did before 0.23: a caller's kept connection, or one that was just accepted, broke without a word."""
+    uvloop = pytest.importorskip("uvloop")
+    others: list[tuple[socket.socket, os.stat_result]] = []
+
+    def open_another() -> None:
+        others.append((opened := socket.socket(), os.fstat(opened.fileno())))
+
+    def count_lost() -> int:
+        """How many of their descriptors are not theirs any more."""
+        lost = 0
+        while others:
+            opened, status = others.pop()
+            try:
+                lost += not os.path.samestat(os.fstat(opened.fileno()), status)
+                opened.close()
+            except OSError:
+                lost += 1
+        return lost
+
+    async def give_up_many() -> int:
+        lost = 0
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
+            for number in range(1000):
+                call = asyncio.ensure_future(session.get(url))
+                for _ in range(number % 8):
+                    await asyncio.sleep(0)
+                call.cancel()
+                open_another()
+                await asyncio.gather(call, return_exceptions=True)
+                for _ in range(4):
+                    open_another()
+                    await asyncio.sleep(0)
+                if number % 5 == 0:
+                    lost += count_lost()
+            await asyncio.sleep(0.05)
+            return lost + count_lost()
+
+    assert uvloop.run(give_up_many()) == 0
 
 
 @pytest.mark.parametrize(("connections", "warned"), [(8192, True), (100, False)])
