@@ -39,12 +39,11 @@ ONLY_IN = {
     "pytest": ["gateway/testing.py"],
     "os.environ": [
         "gateway/rehearsal.py",
-        "gateway/config.py",
         "gateway/cli.py",
         "gateway/commands.py",
         "gateway/__main__.py",
     ],
-    "os.getenv": ["gateway/config.py", "gateway/cli.py", "gateway/commands.py", "gateway/__main__.py"],
+    "os.getenv": ["gateway/cli.py", "gateway/commands.py", "gateway/__main__.py"],
 }
 # Imported only when it is configured, or asked for: a plain start must not pay for it.
 ONLY_INSIDE_FUNCTIONS_OF = {
