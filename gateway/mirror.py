@@ -59,7 +59,6 @@ class Mirror:
         self._lease_until_s = asyncio.get_running_loop().time() + trust_s
         self._end: Entry | None = None
         self._goes_on = goes_on
-        """Whether its readers have come before it was given up, should it be."""
 
     async def run(self) -> End:
         """Returns when the log has ended, as the flight then has, or when nobody writes it any longer."""
@@ -123,7 +122,6 @@ class Mirror:
                 return "lost"
             await self._close(self._end)
             return "ended"
-        self._goes_on |= bool(page.lease_s)  # who gives it up now has not heard yet that it is read here
         if page.more:
             self._rung.set()
         released = bool(page.entries) and page.entries[-1].released and not page.lease_s

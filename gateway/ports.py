@@ -345,8 +345,8 @@ class Store(Protocol):
         """Gives a log up that has not ended: another replica may go on with it at once."""
         ...
 
-    async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"") -> None:
-        """Ends a log without a recording. Raises `StoreFenced`."""
+    async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"", unless_read: bool = False) -> None:
+        """Ends a log without a recording; ``unless_read``: gives it up where others read it. Raises `StoreFenced`."""
         ...
 
     async def peek(self, log: LogName, run: str = "") -> Peeked:

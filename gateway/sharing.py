@@ -15,7 +15,7 @@ import orjson
 
 from gateway.core.recording import Recording
 from gateway.errors import GatewayError, StoreError, StoreFenced, StoreUnavailable, told
-from gateway.flight import Complete, Failed, Flight, Outcome
+from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome
 from gateway.ports import Appended, Batch, FlightId, LogName, Store, Writer
 
 log = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class Sharing:
         if recording:
             return await self._store.store(name.key, recording, ends=name, writer=writer, end=end)
         body = shared.flight.whole() if isinstance(outcome, Complete) and not shared.flight.streamed else b""
-        await self._store.end(name, writer, end, body=body)
+        await self._store.end(name, writer, end, body=body, unless_read=isinstance(outcome, Abandoned))
         return False
 
     async def release(self, shared: Shared) -> None:

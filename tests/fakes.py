@@ -352,12 +352,15 @@ class FakeStore:
             found.write(writer, Entry(found.count, released=True))
             self.expire(log)
 
-    async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"") -> None:
+    async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"", unless_read: bool = False) -> None:
         self._check()
         found = self.logs.setdefault(log, FakeLog())
         if found.fenced(writer):
             raise StoreFenced("fenced")
-        found.write(writer, Entry(found.count, end=end, body=body))
+        if unless_read and any(count for replica, count in found.readers.items() if replica != self.replica):
+            found.write(writer, Entry(found.count, released=True))
+        else:
+            found.write(writer, Entry(found.count, end=end, body=body))
         self.expire(log)
 
     async def peek(self, log: LogName, run: str = "") -> Peeked:

@@ -572,6 +572,20 @@ async def test_an_end_whose_answer_was_lost_holds_when_it_is_made_again(backend)
     await refusing(store.end(LOG, writer_of(store, "00000002"), b"over"))
 
 
+@pytest.mark.parametrize(
+    ("reader", "readers", "last"),
+    [("another", 1, "released"), ("another", 0, b"over"), ("its own", 1, b"over")],
+    ids=["another replica reads it", "another has read it", "its own does"],
+)
+async def test_a_log_that_is_not_to_be_ended_while_it_is_read_elsewhere_is_given_up(backend, reader, readers, last):
+    one, two = await backend.store(), await backend.store()
+    await append(one, batch(writer_of(one), 0, "ab", request=b"asked"))
+    await (two if reader == "another" else one).read(LOG, LOG_START, readers=readers)
+    await one.end(LOG, writer_of(one), b"over", unless_read=True)
+    assert kinds(await everything(two))[-1] == last
+    assert await two.take_over(LOG, writer_of(two, "00000002"), behind="00000001", joinable=True) == (last == "released")
+
+
 async def test_the_log_of_another_is_not_ended(backend):
     one, two = await backend.store(), await backend.store()
     await append(one, batch(writer_of(one), 0, "ab"))

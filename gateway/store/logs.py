@@ -92,10 +92,12 @@ class Logs:
         args = (log.flight, str(writer), self._keys.bell(log.flight), self._resume_ms)
         await self._server.write(scripts.RELEASE.call(self._ownership(log), *args))
 
-    async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"") -> None:
-        """Ends a log without a recording. Raises `StoreFenced`."""
-        args = (log.flight, str(writer), self._keys.bell(log.flight), end, body, self._resume_ms)
-        if await self._server.write(scripts.END.call(self._ownership(log), *args)) < 0:
+    async def end(self, log: LogName, writer: Writer, end: bytes, *, body: bytes = b"", unless_read: bool = False) -> None:
+        """Ends a log without a recording; ``unless_read``: gives it up where others read it. Raises `StoreFenced`."""
+        keys = [*self._ownership(log), self._keys.readers(log)]
+        replica = self.replica if unless_read else ""
+        args = (log.flight, str(writer), self._keys.bell(log.flight), end, body, self._resume_ms, replica)
+        if await self._server.write(scripts.END.call(keys, *args)) < 0:
             raise fenced()
 
     async def peek(self, log: LogName, run: str = "") -> Peeked:

@@ -42,6 +42,13 @@ local function let_go(now, flight)
   if redis.call('GET', now) == flight then redis.call('DEL', now) end
 end
 
+local function give_up(lease, log, now, last, flight, writer, log_ms)
+  redis.pcall('XADD', log, id(last.count, last.seq + 1), 'rel', '1', 'w', writer)
+  redis.call('PEXPIRE', log, log_ms)
+  redis.call('DEL', lease)
+  let_go(now, flight)
+end
+
 local function now_ms()
   local time = redis.call('TIME')
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -217,26 +224,27 @@ _RELEASE = (
 local lease, log, now = unpack(KEYS)
 local flight, writer, channel, log_ms = unpack(ARGV)
 if redis.call('GET', lease) ~= writer then return 0 end
-local last = last_of(log)
-redis.pcall('XADD', log, id(last.count, last.seq + 1), 'rel', '1', 'w', writer)
-redis.call('PEXPIRE', log, log_ms)
-redis.call('DEL', lease)
-let_go(now, flight)
+give_up(lease, log, now, last_of(log), flight, writer, log_ms)
 ring(channel)
 return 1
 """
 )
 
-# Tells -1 where the log is another's.
+# Tells -1 where the log is another's. Where `replica` is named, and another one reads the log, it is only given up: whoever
+# reads it had not been heard of when that was decided.
 _END = (
     _COMMON
     + """
-local lease, log, now = unpack(KEYS)
-local flight, writer, channel, ending, body, log_ms = unpack(ARGV)
+local lease, log, now, readers = unpack(KEYS)
+local flight, writer, channel, ending, body, log_ms, replica = unpack(ARGV)
 local last = last_of(log)
 if last._end and last._w == writer then return 1 end
 if fenced(lease, last, writer) then return -1 end
-finish(log, lease, now, last, flight, writer, ending, body, log_ms)
+if replica ~= '' and others(readers, replica) > 0 then
+  give_up(lease, log, now, last, flight, writer, log_ms)
+else
+  finish(log, lease, now, last, flight, writer, ending, body, log_ms)
+end
 ring(channel)
 return 1
 """
