@@ -102,7 +102,7 @@ class Mirror:
             log.debug("the doorbell of %r is not heard: %s", self._flight, error)
 
     async def _look(self) -> End | None:
-        loop, cursor = asyncio.get_running_loop(), self._cursor
+        loop, cursor, was_over = asyncio.get_running_loop(), self._cursor, self._is_over()
         try:
             # A store that does not answer must not hold up what is due when the lease is over.
             async with asyncio.timeout_at(max(self._lease_until_s, loop.time() + _AGAIN_S)):
@@ -116,7 +116,10 @@ class Mirror:
                     return None
         except (StoreError, TimeoutError) as error:
             log.debug("the log of %r cannot be read: %s", self._flight, error)
-            return "lost" if self._expired() and self._promised_until_s <= loop.time() else None
+            if not was_over and self._is_over():
+                # In a process that was frozen all timers are due before any answer is read: so it is asked once more.
+                self._rung.set()
+            return "lost" if was_over else None
         if self._end:
             if self._goes_on and self._flight.readers and was_abandoned(self._end.end):
                 return "lost"
@@ -219,6 +222,10 @@ class Mirror:
         except StoreError:
             return b""
         return recording.body or b"" if recording and recording.meta.flight == self._name.flight else b""
+
+    def _is_over(self) -> bool:
+        """Whether nothing stands against going on alone where the log cannot be read."""
+        return self._expired() and self._promised_until_s <= asyncio.get_running_loop().time()
 
     def _expired(self) -> bool:
         return asyncio.get_running_loop().time() >= self._lease_until_s

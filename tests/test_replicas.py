@@ -18,6 +18,8 @@ from scripted import USAGE, Asked, Script, ScriptedUpstream, chunk
 from served import Served
 from stores import until
 
+from gateway.store.scripts import READ
+
 # Nobody waits that long: it is what tells a hang from a slow machine.
 PATIENCE_S = 15.0
 LEASE_S = 0.8
@@ -196,6 +198,8 @@ class Wire:
         self._path = path
         self._open = asyncio.Event()
         self._open.set()
+        self.freezes_at = b""
+        """It freezes when this comes, if it is anything."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -230,6 +234,9 @@ class Wire:
         with closing(writer):
             try:
                 while data := await reader.read(65536):
+                    if self.freezes_at and self.freezes_at in data:
+                        self.freezes_at = b""
+                        self.freeze()
                     await self._open.wait()
                     writer.write(data)
             except ConnectionError:
@@ -852,6 +859,30 @@ async def test_the_late_writes_of_a_leader_that_was_given_up_change_nothing(
     assert follower.text == "Hello there"
     assert (await replicas.hit(2)).body == follower.body
     assert len(upstream.asked) == 2
+
+
+@pytest.mark.slow
+async def test_a_follower_that_was_frozen_for_longer_than_a_lease_reads_on(replicas, shared_redis, upstream):
+    """Its read was on its way: the answer lies there when it wakes, and all its timers are due."""
+    await replicas.start(shared_redis, count=2, wired=True)
+    last = Hold("last")
+    upstream.script = in_turn(says(FIRST, "Hello", last, " there"), says(SECOND, "Hello", " from", " another", " call"))
+    own = replicas.ask(1)
+    await own.sees("Hello")
+    follower = replicas.ask(0)
+    await follower.sees("Hello")
+    await by_then(lambda: sum(replicas.readers) == 2)
+    replicas.wires[0].freezes_at = READ.digest.encode()
+    await by_then(lambda: not replicas.wires[0].freezes_at)
+    hang(replicas)
+    connect_again(replicas)
+    until_s = replicas.now_s + 2 * LEASE_S
+    await by_then(lambda: replicas.now_s > until_s)
+    wake(replicas)
+    await by_then(lambda: replicas.now_s > until_s + LEASE_S)
+    upstream.gate(last).released.set()
+    assert (await own.end()).text == (await follower.end()).text == "Hello there"
+    assert len(upstream.asked) == 1
 
 
 # Redis forgets
