@@ -11,22 +11,13 @@ from typing import Any
 import aiohttp
 import pytest
 from running import RedisServer, next_block
-from scripted import Asked, ScriptedUpstream, chunk
-from served import Served
+from scripted import ScriptedUpstream, two_parts
+from served import Served, asking
 
 pytestmark = pytest.mark.usefixtures("no_task_is_left")
 PATIENCE_S = 15.0
 # Nobody waits that long: what ends does so for another reason.
 LONG_S = "50"
-
-
-async def two_parts(asked: Asked) -> None:
-    await asked.head()
-    await asked.event(chunk({"role": "assistant", "content": "Hello"}))
-    await asked.gate("second part")
-    await asked.event(chunk({"content": " world"}))
-    await asked.event(chunk({}, "stop"))
-    await asked.done()
 
 
 Start = Callable[..., Served]
@@ -35,20 +26,10 @@ Start = Callable[..., Served]
 @pytest.fixture
 def start(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path) -> Iterator[Start]:
     """Starts a gateway: ``server_shutdown_grace_s="1"`` is ``[server] shutdown_grace_s``."""
-    scripted = {"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}
     with ExitStack() as stack:
 
         def start(*arguments: str, **settings: str) -> Served:
-            values = {
-                "redis_url": shared_redis.url,
-                "redis_prefix": f"t{tmp_path.name}",
-                "redis_lookup_timeout_s": "2",
-                "log_access": "false",
-                "log_level": "warning",
-                "upstreams": json.dumps([scripted]),
-                **settings,
-            }
-            environ = {f"GATEWAY_{name.upper()}": value for name, value in values.items()}
+            environ = asking(upstream, shared_redis, log_access="false", log_level="warning", **settings)
             return stack.enter_context(Served(tmp_path, *arguments, **environ))
 
         yield start
