@@ -124,7 +124,7 @@ async def start_gateway(
                 "redis": {"url": shared_redis.url, "prefix": prefix, "lookup_timeout_s": 2.0},
                 "log": {"access": False},
                 "retries": {"max_retries": 0},
-                "upstreams": [{"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}],
+                "upstreams": [upstream.configured()],
             }
             for name, section in sections.items():
                 values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section

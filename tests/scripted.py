@@ -122,6 +122,16 @@ async def stream(asked: Asked, *words: str, finish: str = "stop") -> None:
     await asked.done()
 
 
+async def two_parts(asked: Asked) -> None:
+    """A stream that waits in its middle, at the gate ``second part``."""
+    await asked.head()
+    await asked.event(chunk({"role": "assistant", "content": "Hello"}))
+    await asked.gate("second part")
+    await asked.event(chunk({"content": " world"}))
+    await asked.event(chunk({}, "stop"))
+    await asked.done()
+
+
 def text_chunk(text: str, finish: str | None = None, index: int = 0, **members: Any) -> dict[str, Any]:
     """A completion chunk in OpenAI's shape."""
     return {
@@ -167,6 +177,10 @@ class ScriptedUpstream:
     @property
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
+
+    def configured(self, **keys: Any) -> dict[str, Any]:
+        """What a configuration says of it: ``[[upstreams]]``."""
+        return {"name": "scripted", "kind": "openai", "base_url": self.base_url, "models": ["*"], **keys}
 
     @property
     def bodies(self) -> list[dict[str, Any]]:

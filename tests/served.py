@@ -10,9 +10,28 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
+from running import RedisServer
+from scripted import ScriptedUpstream
+
 PROGRAM = (sys.executable, "-m", "gateway")
 # The tree that the tests are in is what they test, wherever the environment has one installed from.
 ENVIRON = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def variables(**settings: object) -> dict[str, str]:
+    """``log_access="false"`` is ``[log] access``; None: not set."""
+    return {f"GATEWAY_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
+
+
+def asking(upstream: ScriptedUpstream, redis: RedisServer, **settings: object) -> dict[str, str]:
+    """The environment of a gateway on that Redis, under a prefix of its own, which asks that upstream."""
+    values = {
+        "redis_url": redis.url,
+        "redis_prefix": f"t{os.urandom(6).hex()}",
+        "redis_lookup_timeout_s": 2,
+        "upstreams": json.dumps([upstream.configured()]),
+    }
+    return variables(**values | settings)
 
 
 class Served:

@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 from redis import Redis
 from running import RedisServer, next_block
-from scripted import Asked, ScriptedUpstream, chunk
-from served import Served
+from scripted import ScriptedUpstream, chunk, two_parts
+from served import Served, asking
 from stores import until
 
 pytestmark = pytest.mark.usefixtures("no_task_is_left")
@@ -24,35 +24,17 @@ PATIENCE_S = 15.0
 LONG_S = "50"
 
 
-async def two_parts(asked: Asked) -> None:
-    await asked.head()
-    await asked.event(chunk({"role": "assistant", "content": "Hello"}))
-    await asked.gate("second part")
-    await asked.event(chunk({"content": " world"}))
-    await asked.event(chunk({}, "stop"))
-    await asked.done()
-
-
 Start = Callable[..., Served]
 
 
 @pytest.fixture
 def start(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path) -> Iterator[Start]:
     """Starts a gateway: ``server_shutdown_grace_s="1"`` is ``[server] shutdown_grace_s``."""
-    scripted = {"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}
     with ExitStack() as stack:
 
         def start(*arguments: str, wait: bool = True, **settings: str) -> Served:
-            values = {
-                "redis_url": shared_redis.url,
-                "redis_prefix": f"t{tmp_path.name}",
-                "redis_lookup_timeout_s": "2",
-                "log_access": "false",
-                "log_level": "warning",
-                "upstreams": json.dumps([scripted]),
-                **settings,
-            }
-            environ = {f"GATEWAY_{name.upper()}": value for name, value in values.items()}
+            values = {"redis_prefix": f"t{tmp_path.name}", "log_access": "false", "log_level": "warning", **settings}
+            environ = asking(upstream, shared_redis, **values)
             return stack.enter_context(Served(tmp_path, *arguments, wait=wait, **environ))
 
         yield start

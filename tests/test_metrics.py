@@ -1,7 +1,6 @@
 """Metrics: they say what was done, their labels are few whatever callers send, and one scrape tells of all workers."""
 
 import asyncio
-import json
 import os
 import signal
 import string
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from prometheus import Samples
 from running import Gateway, RedisServer
 from scripted import Asked, ScriptedUpstream, say_hello
-from served import Served
+from served import Served, asking
 from stores import until
 
 from gateway.core.policy import Disposition
@@ -332,13 +331,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 async def test_one_scrape_tells_of_all_workers_also_of_one_that_hangs_or_was_replaced(
     shared_redis: RedisServer, upstream: ScriptedUpstream, session, tmp_path
 ):
-    scripted = {"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}
-    environ = {
-        "GATEWAY_REDIS_URL": shared_redis.url,
-        "GATEWAY_REDIS_PREFIX": f"t{os.urandom(6).hex()}",
-        "GATEWAY_METRICS_PUBLIC": "true",
-        "GATEWAY_UPSTREAMS": json.dumps([scripted]),
-    }
+    environ = asking(upstream, shared_redis, metrics_public="true")
     with ExitStack() as stack:
         served = Served(tmp_path, "--workers", "2", wait=False, **environ)
         stack.enter_context(served)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,8 +13,8 @@ import aiohttp
 import pytest
 from prometheus import Samples
 from running import RedisServer, next_block
-from scripted import Asked, ScriptedUpstream, chunk
-from served import ENVIRON, PROGRAM, Served
+from scripted import ScriptedUpstream, two_parts
+from served import ENVIRON, PROGRAM, Served, asking
 
 PATIENCE_S = 15.0
 KEY = "open-sesame"
@@ -24,19 +23,11 @@ Start = Callable[..., Served]
 
 @pytest.fixture
 def start(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path) -> Iterator[Start]:
-    scripted = {"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}
     with ExitStack() as stack:
 
         def start(*arguments: str, listen: str = "127.0.0.1:0", **settings: str) -> Served:
             (tmp_path / "config.toml").write_text(f'[admin]\nlisten = "{listen}"\nkey_env = "ADMIN"\n')
-            values = {
-                "redis_url": shared_redis.url,
-                "redis_prefix": f"t{os.urandom(6).hex()}",
-                "redis_lookup_timeout_s": "2",
-                "upstreams": json.dumps([scripted]),
-                **settings,
-            }
-            environ = {f"GATEWAY_{name.upper()}": value for name, value in values.items()}
+            environ = asking(upstream, shared_redis, **settings)
             served = stack.enter_context(Served(tmp_path, *arguments, wait=False, ADMIN=KEY, **environ))
             served.announce()
             return served
@@ -56,15 +47,6 @@ def operators_url(served: Served) -> str:
     """Where it has said that operators are served."""
     [line] = [line for line in served.said.splitlines() if line.startswith("admin: on at http")]
     return line.split()[-1].removesuffix("/admin/")
-
-
-async def two_parts(asked: Asked) -> None:
-    await asked.head()
-    await asked.event(chunk({"role": "assistant", "content": "Hello"}))
-    await asked.gate("second part")
-    await asked.event(chunk({"content": " world"}))
-    await asked.event(chunk({}, "stop"))
-    await asked.done()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 from running import next_block
-from scripted import Asked, ScriptedUpstream, chunk
-from served import Served
+from scripted import Asked, ScriptedUpstream, two_parts
+from served import Served, variables
 
 from gateway import watching
 from gateway.app import SystemClock
@@ -73,8 +73,7 @@ async def start(upstream: ScriptedUpstream, tmp_path: Path) -> AsyncIterator[Sta
 
         def start(text: str, *arguments: str, **settings: str) -> Reloaded:
             (file := tmp_path / "config.toml").write_text(text)
-            environ = {f"GATEWAY_{name.upper()}": value for name, value in settings.items()}
-            running.append(Served(tmp_path, *arguments, **environ))
+            running.append(Served(tmp_path, *arguments, **variables(**settings)))
             return Reloaded(running[-1], file, session)
 
         yield start
@@ -82,15 +81,6 @@ async def start(upstream: ScriptedUpstream, tmp_path: Path) -> AsyncIterator[Sta
             with served:
                 assert await asyncio.to_thread(served.end) == 0
                 assert "Traceback" not in served.said
-
-
-async def two_parts(asked: Asked) -> None:
-    await asked.head()
-    await asked.event(chunk({"role": "assistant", "content": "Hello"}))
-    await asked.gate("second part")
-    await asked.event(chunk({"content": " world"}))
-    await asked.event(chunk({}, "stop"))
-    await asked.done()
 
 
 async def test_upstreams_and_models_change_and_a_running_stream_keeps_its_upstream_to_its_end(start, upstream):

@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 from running import RedisServer
 from scripted import USAGE, Asked, Script, ScriptedUpstream, chunk
-from served import Served
+from served import Served, asking
 from stores import until
 
 from gateway.store.scripts import READ
@@ -258,19 +258,16 @@ class Replicas:
 
     async def start(self, redis: RedisServer, count: int = 3, *, wired: bool = False, **settings: Any) -> None:
         """``flights_lease_s=1`` is ``[flights] lease_s``. With ``wired``, the first one reaches Redis by a wire only."""
-        scripted = {"name": "scripted", "kind": "openai", "base_url": self._upstream.base_url, "models": ["*"]}
         values = {
             "flights_lease_s": LEASE_S,
             "redis_prefix": self.prefix,
-            "redis_lookup_timeout_s": 2.0,
             "redis_cooldown_s": 0.1,
             "replay_identity": "original",  # so that a hit is, byte for byte, what those saw who were there
             "log_access": "false",
             "log_level": "warning",
-            "upstreams": json.dumps([scripted]),
             **settings,
         }
-        environ = {f"GATEWAY_{name.upper()}": str(value) for name, value in values.items()}
+        environ = asking(self._upstream, redis, **values)
         self._redis = self._redis or Redis.from_url(redis.url)
         started: list[Served] = []
         urls = [redis.url] * count
@@ -279,7 +276,7 @@ class Replicas:
             await self.wires[0].start()
             urls[0] = self.wires[0].url
         for url in urls:
-            started.append(Served(self._directory, wait=False, **environ, GATEWAY_REDIS_URL=url))
+            started.append(Served(self._directory, wait=False, **environ | {"GATEWAY_REDIS_URL": url}))
             self.served.append(started[-1])
         await asyncio.gather(*[asyncio.to_thread(served.announce) for served in started])
 

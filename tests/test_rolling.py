@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from running import RedisServer
-from served import Served
+from served import Served, variables
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -33,7 +33,7 @@ class Fleet:
             "server_shutdown_grace_s": grace_s,
             "upstreams": json.dumps([SIMULATED]),
         }
-        self._environ = {f"GATEWAY_{name.upper()}": value for name, value in settings.items()}
+        self._environ = variables(**settings)
         self._directory = directory
         self._workers = workers
         self.replicas = [self._start() for _ in range(REPLICAS)]

@@ -17,8 +17,8 @@ from typing import Any
 import aiohttp
 import pytest
 from running import RedisServer, next_block
-from scripted import Asked, ScriptedUpstream, chunk
-from served import ENVIRON, Served, gone
+from scripted import ScriptedUpstream, two_parts
+from served import ENVIRON, Served, asking, gone
 from stores import until
 
 from gateway.channel import Channel
@@ -49,22 +49,12 @@ def loop_environ(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, st
 @pytest.fixture
 async def start(shared_redis: RedisServer, upstream: ScriptedUpstream, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts a gateway with workers on a file of its own."""
-    scripted = {"name": "scripted", "kind": "openai", "base_url": upstream.base_url, "models": ["*"]}
     with ExitStack() as stack:
         running: list[Served] = []
 
-        async def start(workers: int = 2, environ: dict[str, str] | None = None, **settings: str) -> Served:
-            values = {
-                "redis_url": shared_redis.url,
-                "redis_prefix": f"t{os.urandom(6).hex()}",
-                "redis_lookup_timeout_s": "2",
-                "flights_lease_s": "0.5",
-                "log_access": "false",
-                "upstreams": json.dumps([scripted]),
-                **settings,
-            }
-            variables = {f"GATEWAY_{name.upper()}": value for name, value in values.items() if value}
-            served = Served(tmp_path, "--workers", str(workers), wait=False, **variables, **(environ or {}))
+        async def start(workers: int = 2, environ: dict[str, str] | None = None, **settings: str | None) -> Served:
+            values = asking(upstream, shared_redis, flights_lease_s="0.5", log_access="false", **settings)
+            served = Served(tmp_path, "--workers", str(workers), wait=False, **values, **(environ or {}))
             running.append(stack.enter_context(served))
             await asyncio.to_thread(served.announce)
             return served
@@ -82,16 +72,6 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=PATIENCE_S)) as session:
         yield session
-
-
-async def says_hello(asked: Asked) -> None:
-    """Each prompt has a gate of its own."""
-    await asked.head()
-    await asked.event(chunk({"role": "assistant", "content": "Hello"}))
-    await asked.gate("second part")
-    await asked.event(chunk({"content": " world"}))
-    await asked.event(chunk({}, "stop"))
-    await asked.done()
 
 
 def asks(session: aiohttp.ClientSession, served: Served, content: str = "hi", **members: Any) -> Any:
@@ -155,7 +135,7 @@ async def test_a_killed_worker_loses_nobodys_stream_but_its_own_and_those_go_on_
     start, session, upstream, loop_environ
 ):
     served = await start(environ=loop_environ)
-    upstream.script = says_hello
+    upstream.script = two_parts
     callers = await callers_of_all(session, served)
     victim = callers[0].worker
     asked: list[int] = []
@@ -194,7 +174,7 @@ async def test_a_killed_worker_loses_nobodys_stream_but_its_own_and_those_go_on_
 @pytest.mark.slow
 async def test_a_worker_that_hangs_is_killed_and_replaced(start, session, upstream):
     served = await start(server_worker_timeout_s="0.5")
-    upstream.script = says_hello
+    upstream.script = two_parts
     upstream.gate("second part").released.set()
     hanging, other = served.workers
     os.kill(hanging, signal.SIGSTOP)
@@ -224,7 +204,7 @@ async def test_a_connection_that_waits_is_not_lost_with_a_worker(start, session,
 
 async def test_a_supervisor_that_is_told_to_end_has_its_workers_finish_what_they_serve(start, session, upstream):
     served = await start(server_shutdown_grace_s=LONG_S)
-    upstream.script = says_hello
+    upstream.script = two_parts
     callers = await callers_of_all(session, served)
     workers = served.workers
     served.process.send_signal(signal.SIGTERM)
@@ -239,7 +219,7 @@ async def test_a_supervisor_that_is_told_to_end_has_its_workers_finish_what_they
 @pytest.mark.slow
 async def test_after_the_grace_streams_end_with_the_advice_to_resume(start, session, upstream):
     served = await start(server_shutdown_grace_s="0.2")
-    upstream.script = says_hello
+    upstream.script = two_parts
     callers = await callers_of_all(session, served)
     served.process.send_signal(signal.SIGTERM)
     for caller in callers:
@@ -251,7 +231,7 @@ async def test_after_the_grace_streams_end_with_the_advice_to_resume(start, sess
 
 async def test_workers_end_when_their_supervisor_is_killed_and_say_so_to_their_callers(start, session, upstream):
     served = await start(server_shutdown_grace_s=LONG_S)
-    upstream.script = says_hello
+    upstream.script = two_parts
     callers = await callers_of_all(session, served)
     workers = served.workers
     served.process.kill()
@@ -264,7 +244,7 @@ async def test_workers_end_when_their_supervisor_is_killed_and_say_so_to_their_c
 @pytest.mark.slow
 async def test_a_worker_that_is_told_to_end_finishes_what_it_serves_and_is_replaced(start, session, upstream):
     served = await start(server_shutdown_grace_s=LONG_S)
-    upstream.script = says_hello
+    upstream.script = two_parts
     callers = await callers_of_all(session, served)
     chosen = callers[0].worker
     os.kill(chosen, signal.SIGTERM)
@@ -312,7 +292,7 @@ async def test_all_workers_take_a_new_configuration_and_a_wrong_one_harms_neithe
 ):
     simulated = '[[upstreams]]\nname = "s"\nkind = "simulated"\nttft_s = 0.0\nmodels = ["{}"]\n'
     (file := tmp_path / "config.toml").write_text(simulated.format("old"))
-    served = await start(upstreams="")
+    served = await start(upstreams=None)
     assert await statuses(served, "new") == {"404"}
     file.write_text(simulated.format("new"))
     served.process.send_signal(signal.SIGHUP)
