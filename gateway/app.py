@@ -291,15 +291,15 @@ def _add_routes(app: web.Application, config: Config, router: Router, tenants: T
     app.router.add_post("/v1/streams/{id}/cancel", streams.cancel(app[STREAMS]))
     app.router.add_get("/v1/streams/{id}/status", streams.status(app[STREAMS]))
     app.router.add_route("*", "/v1/streams/{rest:.*}", streams.unserved)
-    models = small.Models(router, int(time.time()))
-    app.router.add_get("/v1/models", models.listing)
-    app.router.add_get("/v1/models/{model:.+}", models.one)
     own["models"] = ["GET", "HEAD"]
-    app.router.add_get("/openapi.json", small.openapi(config))
-    app.router.add_get("/", small.root)
     relay = app[ADJUSTABLE].relay = Relay(
         router, _relay_upstream(config, router), server.relay_paths, own, server.write_timeout_s
     )
+    models = small.Models(router, relay, int(time.time()))
+    app.router.add_get("/v1/models", models.listing)
+    app.router.add_get("/v1/models/{model:.+}", models.one)
+    app.router.add_get("/openapi.json", small.openapi(config))
+    app.router.add_get("/", small.root)
     app.router.add_route("*", "/v1/{path:.*}", admitted(relay.handler(), limits, tenants))
 
 
