@@ -575,6 +575,15 @@ async def test_a_model_that_is_served_but_not_listed_is_found_where_its_upstream
     assert {asked.headers["authorization"] for asked in upstream.asked} == {"Bearer sk-caller"}
 
 
+async def test_stored_completions_are_listed_by_the_upstream_that_keeps_them(client, upstream):
+    async def script(asked):
+        assert (asked.method, asked.path) == ("GET", "/v1/chat/completions?limit=1")
+        await asked.answer({"object": "list", "data": [{"id": "chatcmpl-1"}], "has_more": False})
+
+    upstream.script = script
+    assert [each.id async for each in await client.chat.completions.list(limit=1)] == ["chatcmpl-1"]
+
+
 async def test_embeddings_are_relayed_to_the_client(client, upstream):
     async def script(asked):
         assert asked.json == {"model": "model-1", "input": "hi", "encoding_format": "base64"}

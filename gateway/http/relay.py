@@ -13,6 +13,8 @@ from gateway.http.writing import patiently
 from gateway.ports import GATEWAY_UPSTREAM, Upstream
 from gateway.questions import CREDENTIAL_HEADERS, FORWARDED_HEADERS, Router
 
+_LISTED = "chat/completions"
+"""What is ours to answer is listed by its upstream: ``GET`` there tells of the answers that it keeps (``store``)."""
 _PASSED_ON = ("accept", "content-type", "idempotency-key", "openai-beta")
 _FORWARDED = "gateway; fwd=bypass; detail=relayed"
 
@@ -40,12 +42,13 @@ class Relay:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["path"]
-        if path in self._own:
+        listed = path == _LISTED and request.method == "GET"
+        if path in self._own and not listed:
             raise not_allowed(request, self._own[path])
         upstream, content = await self._destination(request)
         if not upstream or not self._allowed(upstream, path):
-            if path.startswith("models/"):
-                raise not_allowed(request, self._own["models"])
+            if listed or path.startswith("models/"):
+                raise not_allowed(request, self._own[path if listed else "models"])
             raise PathNotFound(f"Unknown request URL: {request.method} {request.path}.")
         return await self._pass_on(request, upstream, content)
 
