@@ -17,7 +17,7 @@ from gateway.eraser import Eraser
 from gateway.errors import CommandFailed, StoreAway, StoreUnavailable
 from gateway.faults import Faults
 from gateway.flights import Flights
-from gateway.http import admin, completions, edge, small, streams
+from gateway.http import admin, completions, cors, edge, small, streams
 from gateway.http import metrics as metrics_http
 from gateway.http.admission import admitted
 from gateway.http.body import READ_TIMEOUT_S
@@ -137,6 +137,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     if config.metrics.enabled:
         sinks.append(metrics.requests)
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
+    cors.allow(app, config.server.cors_origins)
     app[LIMITS] = limits
     app[RUNNING], app[METRICS], app[READ_TIMEOUT_S] = running, metrics, config.server.read_timeout_s
     tenants, rules = Tenants(store), _cache_rules(config)
