@@ -17,7 +17,7 @@ from gateway.eraser import Eraser
 from gateway.errors import CommandFailed, StoreAway, StoreUnavailable
 from gateway.faults import Faults
 from gateway.flights import Flights
-from gateway.http import admin, completions, edge, small, streams
+from gateway.http import admin, completions, cors, edge, small, streams
 from gateway.http import metrics as metrics_http
 from gateway.http.admission import admitted
 from gateway.http.body import READ_TIMEOUT_S
@@ -137,6 +137,7 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     if config.metrics.enabled:
         sinks.append(metrics.requests)
     app = web.Application(middlewares=[edge.middleware(sinks, running)], client_max_size=config.server.max_body_bytes)
+    cors.allow(app, config.server.cors_origins)
     app[LIMITS] = limits
     app[RUNNING], app[METRICS], app[READ_TIMEOUT_S] = running, metrics, config.server.read_timeout_s
     tenants, rules = Tenants(store), _cache_rules(config)
@@ -291,15 +292,15 @@ def _add_routes(app: web.Application, config: Config, router: Router, tenants: T
     app.router.add_post("/v1/streams/{id}/cancel", streams.cancel(app[STREAMS]))
     app.router.add_get("/v1/streams/{id}/status", streams.status(app[STREAMS]))
     app.router.add_route("*", "/v1/streams/{rest:.*}", streams.unserved)
-    models = small.Models(router, int(time.time()))
-    app.router.add_get("/v1/models", models.listing)
-    app.router.add_get("/v1/models/{model:.+}", models.one)
     own["models"] = ["GET", "HEAD"]
-    app.router.add_get("/openapi.json", small.openapi(config))
-    app.router.add_get("/", small.root)
     relay = app[ADJUSTABLE].relay = Relay(
         router, _relay_upstream(config, router), server.relay_paths, own, server.write_timeout_s
     )
+    models = small.Models(router, relay, int(time.time()))
+    app.router.add_get("/v1/models", models.listing)
+    app.router.add_get("/v1/models/{model:.+}", models.one)
+    app.router.add_get("/openapi.json", small.openapi(config))
+    app.router.add_get("/", small.root)
     app.router.add_route("*", "/v1/{path:.*}", admitted(relay.handler(), limits, tenants))
 
 

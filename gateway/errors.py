@@ -82,6 +82,9 @@ class ModelNotFound(RequestError):
     status = 404
     code = "model_not_found"
 
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The model '{name}' does not exist or is not configured here.", param="model")
+
 
 class PathNotFound(RequestError):
     """Nothing is served at this path."""

@@ -13,6 +13,7 @@ import sys
 from contextlib import asynccontextmanager
 
 import pytest
+from aiohttp.compression_utils import HAS_BROTLI
 from raw import HEALTH, PATIENCE_S, by_then, connected, left_over, nothing_is_left, read_answer, tell
 from scripted import chunk
 from yarl import URL
@@ -174,6 +175,17 @@ SERVED = {
     "a compressed body": (post(b"Content-Encoding: gzip", body=gzip.compress(BODY)), 1),
     "a version that is old but keeps the connection": (get(b"/healthz", b"Connection: keep-alive", version=b"1.0"), 1),
 }  # fmt: skip
+
+
+async def test_a_content_coding_without_a_library_for_it_is_refused_with_those_that_will_do(gateway, upstream):
+    """Brotli, where it happens to be installed, is undone like the others."""
+    if HAS_BROTLI:
+        pytest.skip("Brotli is installed here")
+    [answer] = (await tell(gateway, post(b"Content-Encoding: br"), closes=True)).answers
+    assert (answer.status, answer.error["code"]) == (415, "unsupported_media_type")
+    assert answer.header("accept-encoding") == "gzip, deflate, zstd, identity"
+    assert answer.header("accept-encoding") in answer.error["message"]
+    assert not upstream.asked
 
 
 async def test_what_is_odd_but_allowed_is_served(gateway, subtests):

@@ -42,6 +42,7 @@ OTHER_VALUES = {
     ("admin", "listen"): "127.0.0.1:9090",
     ("log", "level"): "debug",
     ("server", "relay_upstream"): "other",
+    ("server", "cors_origins"): ["https://chat.example"],
 }
 SECRET = "hunter2hunter2hunter2"
 OPENAI = {"name": "o", "kind": "openai"}

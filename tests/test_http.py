@@ -177,7 +177,7 @@ async def test_a_wrong_method_is_refused_with_those_that_are_allowed(keyed, upst
 
 
 async def test_paths_of_the_gateways_own_are_never_relayed_whatever_the_credential(gateway, upstream):
-    got = await ask(gateway, "GET", CHAT)
+    got = await ask(gateway, "DELETE", CHAT)
     assert_error(got, 405, "method_not_allowed")
     assert got.headers["Allow"] == "POST, QUERY"
     assert got.headers["Accept-Query"] == '"application/json"'

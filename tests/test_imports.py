@@ -24,6 +24,7 @@ ONLY_IN = {
     "aiohttp.web": ["gateway/http/", "gateway/app.py"],
     "aiohttp.typedefs": ["gateway/http/", "gateway/app.py", "gateway/upstreams/"],
     "aiohttp.abc": ["gateway/http/"],
+    "aiohttp.compression_utils": ["gateway/http/body.py"],
     "aiohttp.http_exceptions": ["gateway/http/"],
     "aiohttp.http_writer": ["gateway/http/"],
     "aiohttp.streams": ["gateway/http/connection.py"],

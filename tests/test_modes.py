@@ -188,6 +188,8 @@ async def test_models_are_those_of_the_configuration_and_nothing_is_relayed(star
     gateway = await start_gateway(cache={"mode": "replay"}, upstreams=[served])
     async with gateway.session.get(f"{gateway.base_url}/models") as response:
         assert [model["id"] for model in (await response.json())["data"]] == ["m-1"]
+    async with gateway.session.get(f"{gateway.base_url}/models/m-2") as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (404, "model_not_found")
     got = await gateway.post("/v1/embeddings", {"model": "m-1", "input": "a"}, authorization="Bearer k")
     assert (got.status, got.json["error"]["code"]) == (504, "not_recorded")
     assert upstream.asked == []

@@ -549,6 +549,41 @@ async def test_models_are_listed_and_found(start_gateway, upstream):
     assert {asked.headers["authorization"] for asked in upstream.asked} == {"Bearer sk-caller"}
 
 
+async def test_a_model_that_is_served_but_not_listed_is_found_where_its_upstream_knows_it(start_gateway, upstream):
+    """As a new model's dated name is at OpenAI; what a simulated model is called is its caller's choice."""
+
+    async def script(asked):
+        if asked.path.endswith("/models"):
+            await asked.answer({"object": "list", "data": []})
+        elif asked.path.endswith("/models/org%2Fnew"):
+            await asked.answer({"id": "org/new", "object": "model", "created": 2, "owned_by": "me"})
+        else:
+            await asked.answer({"error": {"message": "It has gone.", "type": "x", "code": "model_not_found"}}, 404)
+
+    upstream.script = script
+    scripted = {"kind": "openai", "base_url": upstream.base_url}
+    simulated = {"name": "three", "kind": "simulated", "models": ["sim-*"]}
+    named = [{"name": "one", **scripted, "models": ["org/*"]}, {"name": "two", **scripted, "models": ["b-*"]}, simulated]
+    gateway = await start_gateway(upstreams=named)
+    async with AsyncOpenAI(base_url=gateway.base_url, api_key="sk-caller", max_retries=0) as client:
+        assert (await client.models.retrieve("org/new")).created == 2
+        assert (await client.models.retrieve("sim-1")).owned_by == "three"
+        for name, message in (("b-1", "It has gone."), ("c", "The model 'c' does not exist or is not configured here.")):
+            with pytest.raises(openai.NotFoundError, match=message) as raised:
+                await client.models.retrieve(name)
+            assert raised.value.code == "model_not_found"
+    assert {asked.headers["authorization"] for asked in upstream.asked} == {"Bearer sk-caller"}
+
+
+async def test_stored_completions_are_listed_by_the_upstream_that_keeps_them(client, upstream):
+    async def script(asked):
+        assert (asked.method, asked.path) == ("GET", "/v1/chat/completions?limit=1")
+        await asked.answer({"object": "list", "data": [{"id": "chatcmpl-1"}], "has_more": False})
+
+    upstream.script = script
+    assert [each.id async for each in await client.chat.completions.list(limit=1)] == ["chatcmpl-1"]
+
+
 async def test_embeddings_are_relayed_to_the_client(client, upstream):
     async def script(asked):
         assert asked.json == {"model": "model-1", "input": "hi", "encoding_format": "base64"}

@@ -494,6 +494,17 @@ async def test_no_path_means_another_to_the_upstream_than_to_the_gateway(keyed, 
             assert told.answers[0].status in (200, 400, 404, 405)
 
 
+MODEL_PATHS = ["..%2ffiles", "%2e%2e/files", "a/%2e%2e/%2e%2e/files", "%252e%252e/files", "..;/files", "a%2f%2fb"]
+
+
+async def test_no_name_of_a_model_means_another_path_to_the_upstream(keyed, upstream, subtests):
+    for name in MODEL_PATHS:
+        with subtests.test(name):
+            told = await tell(keyed, b"GET /v1/models/%s HTTP/1.1\r\nHost: x\r\n\r\n" % name.encode())
+            assert told.answers[0].status == 404
+            assert {asked.path for asked in upstream.asked} <= {"/v1/models"}
+
+
 # Oracles
 
 

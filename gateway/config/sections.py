@@ -42,6 +42,7 @@ class ServerConfig(Section):
     shutdown_grace_s: SecondsOrZero = 7.0
     relay_paths: tuple[Annotated[str, Field(pattern=r"^[^/\s]\S*$")], ...] = ("embeddings", "moderations")
     relay_upstream: str = ""
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")], ...] = ()
 
 
 class LimitsConfig(Section):

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from aiohttp import web
+from aiohttp.compression_utils import HAS_BROTLI
 
 from gateway.errors import BodyTooLarge, InvalidRequest, RequestTooSlow, UnsupportedMediaType
 from gateway.limits import Holding
@@ -13,8 +14,8 @@ HOLDING: web.RequestKey[Holding] = web.RequestKey("holding", Holding)
 """Where the bytes of a body are counted while it is held."""
 _LEAST_BYTES_PER_S = 1000
 """So many bytes of a body buy it a second more, as with Apache's mod_reqtimeout: a trickle ends, a large upload goes on."""
-_CODINGS = ("gzip", "deflate", "br", "zstd", "identity")
-"""Those that aiohttp undoes; it passes on all others as they are."""
+_CODINGS = ("gzip", "deflate", *(("br",) if HAS_BROTLI else ()), "zstd", "identity")
+"""Those that aiohttp undoes; it passes on all others as they are, but for those that it has no library for."""
 _BROKEN = (web.RequestPayloadError, ValueError)
 
 
@@ -50,7 +51,7 @@ async def pieces(request: web.Request) -> AsyncIterator[bytes]:
     """
     coding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in _CODINGS:
-        raise UnsupportedMediaType(f"The content coding must be one of {', '.join(_CODINGS)}, not {coding!r}.")
+        raise wrong_coding(coding)
     content, clock = request.content, asyncio.get_running_loop().time
     left_s = request.app[READ_TIMEOUT_S]
     while not content.at_eof():
@@ -72,6 +73,12 @@ async def pieces(request: web.Request) -> AsyncIterator[bytes]:
 
 def _broken_off() -> InvalidRequest:
     return InvalidRequest("The request body could not be read to its end.")
+
+
+def wrong_coding(coding: str) -> UnsupportedMediaType:
+    """It names those that will do (RFC 9110 15.5.16)."""
+    message = f"The content coding must be one of {', '.join(_CODINGS)}, not {coding!r}."
+    return UnsupportedMediaType(message, headers={"Accept-Encoding": ", ".join(_CODINGS)})
 
 
 def too_slow() -> RequestTooSlow:

@@ -12,13 +12,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from aiohttp import web
-from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, ContentEncodingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
 
 from gateway.errors import GatewayError, HeadTooLarge, InvalidRequest, RequestTooSlow
 from gateway.http import edge
-from gateway.http.body import too_slow
+from gateway.http.body import too_slow, wrong_coding
 
 
 class Patience(NamedTuple):
@@ -136,6 +136,8 @@ def _refused(status: int, error: BaseException | None) -> GatewayError:
         return too_slow()
     if isinstance(error, LineTooLong) or "Too many headers" in str(error):
         return HeadTooLarge("The request's head has too many fields, or a line that is too long.")
+    if isinstance(error, ContentEncodingError) and "Brotli" in str(error):
+        return wrong_coding("br")  # there is no library for it
     if status == 400:
         return InvalidRequest("The request is not HTTP as RFC 9112 has it.")
     return GatewayError("The gateway failed.")

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 import orjson
 from aiohttp import web
 
-from gateway.errors import InvalidRequest, PathNotFound, UpstreamError
+from gateway.errors import InvalidRequest, ModelNotFound, PathNotFound, UpstreamError
 from gateway.http import body
 from gateway.http.completions import UNSTORED, is_json, parse_json
 from gateway.http.edge import EXCHANGE, Handler, not_allowed
@@ -13,6 +13,8 @@ from gateway.http.writing import patiently
 from gateway.ports import GATEWAY_UPSTREAM, Upstream
 from gateway.questions import CREDENTIAL_HEADERS, FORWARDED_HEADERS, Router
 
+_LISTED = "chat/completions"
+"""What is ours to answer is listed by its upstream: ``GET`` there tells of the answers that it keeps (``store``)."""
 _PASSED_ON = ("accept", "content-type", "idempotency-key", "openai-beta")
 _FORWARDED = "gateway; fwd=bypass; detail=relayed"
 
@@ -40,18 +42,29 @@ class Relay:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["path"]
-        if path in self._own:
+        listed = path == _LISTED and request.method == "GET"
+        if path in self._own and not listed:
             raise not_allowed(request, self._own[path])
         upstream, content = await self._destination(request)
         if not upstream or not self._allowed(upstream, path):
-            if path.startswith("models/"):
-                raise not_allowed(request, self._own["models"])
+            if listed or path.startswith("models/"):
+                raise not_allowed(request, self._own[path if listed else "models"])
             raise PathNotFound(f"Unknown request URL: {request.method} {request.path}.")
         return await self._pass_on(request, upstream, content)
 
+    async def model(self, request: web.Request, name: str) -> web.StreamResponse:
+        """What its upstream tells of a model that it does not list. Raises `ModelNotFound` where nobody serves it, and
+        `PathNotFound` where the upstream tells of none.
+        """
+        upstream = self._router.route(name).upstream
+        path = f"models/{name}"
+        if not (_is_clean(path) and _is_plain(path)):
+            raise ModelNotFound(name)
+        return await self._pass_on(request, upstream, None)
+
     def _allowed(self, upstream: Upstream, path: str) -> bool:
         """A key of the gateway's own serves only what the configuration names; a caller's own key is the caller's."""
-        if any(part in ("", ".", "..") for part in path.split("/")):
+        if not _is_clean(path):
             return False
         if upstream.passes_credential:
             return True
@@ -102,6 +115,11 @@ class Relay:
                 if request.transport:
                     request.transport.abort()
             return response
+
+
+def _is_clean(path: str) -> bool:
+    """Whether it leads nowhere else."""
+    return not any(part in ("", ".", "..") for part in path.split("/"))
 
 
 def _is_plain(path: str) -> bool:

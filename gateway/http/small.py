@@ -10,9 +10,10 @@ from aiohttp import web
 
 from gateway import __version__
 from gateway.config import Config
-from gateway.errors import ModelNotFound, UpstreamError
+from gateway.errors import ModelNotFound, NotRecorded, PathNotFound, UpstreamError
 from gateway.http.edge import Running
 from gateway.http.openapi import MetricsKind, document, operators_document
+from gateway.http.relay import Relay
 from gateway.ports import Store, Upstream
 from gateway.questions import CREDENTIAL_HEADERS
 
@@ -37,32 +38,41 @@ class Catalogue(Protocol):
 
 
 class Models:
-    """``GET /v1/models``: what the configuration names, and what upstreams list that its patterns admit."""
+    """``GET /v1/models``: what the configuration names, and what upstreams list that its patterns admit.
 
-    def __init__(self, catalogue: Catalogue, created: int) -> None:
+    Of a model that is served without being listed its upstream tells; one that has nothing to tell serves any by that name.
+    """
+
+    def __init__(self, catalogue: Catalogue, relay: Relay, created: int) -> None:
         self._catalogue = catalogue
+        self._relay = relay
         self._created = created
 
     async def listing(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": list((await self._models(request)).values())})
 
-    async def one(self, request: web.Request) -> web.Response:
+    async def one(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]
         models = await self._models(request)
-        if name not in models:
-            raise ModelNotFound(f"The model '{name}' does not exist or is not configured here.", param="model")
-        return web.json_response(models[name])
+        if name in models:
+            return web.json_response(models[name])
+        try:
+            return await self._relay.model(request, name)
+        except PathNotFound:
+            return web.json_response(self._object(name, self._catalogue.route(name).upstream))
+        except NotRecorded:
+            raise ModelNotFound(name) from None
 
     async def _models(self, request: web.Request) -> dict[str, dict[str, Any]]:
-        models = {
-            name: {"id": name, "object": "model", "created": self._created, "owned_by": upstream.name}
-            for name, upstream in self._catalogue.exact_models()
-        }
+        models = {name: self._object(name, upstream) for name, upstream in self._catalogue.exact_models()}
         listed = await asyncio.gather(*(self._listed(upstream, request) for upstream in self._catalogue.upstreams))
         for upstream_models in listed:
             for model in upstream_models:
                 models.setdefault(model["id"], model)
         return models
+
+    def _object(self, name: str, upstream: Upstream) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": upstream.name}
 
     async def _listed(self, upstream: Upstream, request: web.Request) -> list[dict[str, Any]]:
         patterns = self._catalogue.globs_of(upstream)

@@ -64,7 +64,7 @@ class Router:
                 return self._route(upstream, model)
         if self.default:
             return self._route(self.default, model)
-        raise ModelNotFound(f"The model '{model}' does not exist or is not configured here.", param="model")
+        raise ModelNotFound(model)
 
     def fallback(self, name: str) -> Route:
         """What a name in ``fallbacks`` means: ``upstream/model``, or a model as callers call it. Raises `ModelNotFound`."""
