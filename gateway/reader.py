@@ -85,6 +85,7 @@ class FlightReader(_Ending):
     """A cursor over a flight: it begins behind ``cursor``, as a reader of the run ``run`` has seen it.
 
     ``mirrored``: of the log, a run that did not write it has shown so much for certain (as in `Mirrored`); None for all.
+    ``writer`` is the run that wrote it when that was told; another one may have taken over since, at an earlier place.
     """
 
     def __init__(  # noqa: PLR0913  # they are what tells where it begins
@@ -95,6 +96,7 @@ class FlightReader(_Ending):
         cursor: Cursor = FROM_START,
         run: str = "",
         mirrored: int | None = None,
+        writer: str = "",
         ids: EventIds | None = None,
     ) -> None:
         self.flight = flight
@@ -105,7 +107,7 @@ class FlightReader(_Ending):
         self._error: GatewayError | None = None
         self._place: _Place | None = None
         if not self.over and (cursor.after or flight.base):
-            self._place = _Place(flight, cursor, run, mirrored, usage=usage)
+            self._place = _Place(flight, cursor, run, mirrored, writer, usage=usage)
         self._rest = b""
         flight.join(self)
 
@@ -248,11 +250,14 @@ class _Place:
     who read from one that only mirrored the log, and has lost it.
     """
 
-    def __init__(self, flight: Flight, cursor: Cursor, run: str, mirrored: int | None, *, usage: bool) -> None:
+    def __init__(  # noqa: PLR0913  # they are what a number may count
+        self, flight: Flight, cursor: Cursor, run: str, mirrored: int | None, writer: str, *, usage: bool
+    ) -> None:
         self._flight = flight
         self._cursor = cursor
         self._run = run
         self._mirrored = mirrored
+        self._writer = writer
         self._usage = usage
         self._skip: Skip | None = None
         self.at = flight.base
@@ -279,10 +284,18 @@ class _Place:
             # Beyond what there is a number says nothing: a log may have been written anew by another run, in other frames.
             # But of one that has let go of its beginning it is all that tells.
             return cursor.after <= self._shown_before(flight.count) or (flight.base > 0 and len(flight.runs) == 1)
-        seen = flight.run_ended_at(self._run)
-        if not flight.knows(self._run):
-            seen = 0 if flight.alone else self._mirrored
+        seen = flight.run_ended_at(self._run) if flight.knows(self._run) else self._seen_in_log()
         return seen is None or not cursor.after or cursor.after <= self._shown_before(seen)
+
+    def _seen_in_log(self) -> int | None:
+        """How much of the log the readers of a run have seen for certain that did not write it; None for all of it."""
+        flight, writer = self._flight, self._writer
+        if flight.alone:
+            return 0
+        if not writer or flight.headers is None:
+            return self._mirrored  # who has written it by now is not known yet
+        told = self._mirrored, flight.run_ended_at(writer) if flight.knows(writer) else 0
+        return min((index for index in told if index is not None), default=None)
 
     def _is_verified(self) -> bool:
         """Whether the content is what the cursor says, if it says anything."""

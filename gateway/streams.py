@@ -73,13 +73,15 @@ class Streams:
         found = await self._flight(stream, name, headers, counted=cursor.is_only_a_number)
         if found is None or nonce in found[0].cancelled:
             return None
-        flight, mirrored = found
+        flight, mirrored, writer = found
         if not stream.event_ids:
             # A number alone says nothing without whose run it counts: from here on it is this replica's.
             owner = self._tenants.owner(headers, shared=stream.shared)
             token, _ = mint(self._store.secret, owner, stream._replace(run=flight.run))
         ids = EventIds(token) if stream.event_ids else None
-        reader = FlightReader(flight, usage=stream.usage, cursor=cursor, run=stream.run, mirrored=mirrored, ids=ids)
+        reader = FlightReader(
+            flight, usage=stream.usage, cursor=cursor, run=stream.run, mirrored=mirrored, writer=writer, ids=ids
+        )
         reader.nonce = nonce
         return Opened(reader, _RESUMED, stream_id=token)
 
@@ -144,23 +146,24 @@ class Streams:
 
     async def _flight(
         self, stream: StreamId, name: LogName, headers: Mapping[str, str], *, counted: bool
-    ) -> tuple[Flight, int | None] | None:
-        """The flight, as this replica has it, or can read it, and how much of it was ``mirrored`` for its `FlightReader`;
-        None where this reader was cancelled. ``counted``: the cursor is no more than a number.
+    ) -> tuple[Flight, int | None, str] | None:
+        """The flight, as this replica has it, or can read it, and what its `FlightReader` has to know: how much of it was
+        ``mirrored``, and its ``writer``. None where this reader was cancelled. ``counted``: the cursor is only a number.
         """
         known = self._flights.named(name, stream.run)
         try:
             peeked = await self._peek(name, stream.run)
         except StoreAway:
             if known and (known.knows(stream.run) or not counted):
-                return known, 0
+                return known, 0, ""
             raise
         if stream.nonce.hex() in peeked.cancelled:
             return None
         flight = self._flights.named(name, stream.run, peeked.writer)
         if flight is None:
             flight = await self._flight_elsewhere(APIS[stream.api], name, peeked, headers)
-        return flight, None if peeked.promised and not was_abandoned(peeked.end) else peeked.mirrored
+        mirrored = None if peeked.promised and not was_abandoned(peeked.end) else peeked.mirrored
+        return flight, mirrored, peeked.writer.rpartition(".")[2]
 
     async def _flight_elsewhere(self, api: Api, name: LogName, peeked: Peeked, headers: Mapping[str, str]) -> Flight:
         if peeked.log or peeked.lease_s:

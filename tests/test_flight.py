@@ -608,6 +608,20 @@ async def test_who_has_seen_more_than_another_run_said_in_all_is_told_so():
         await reader.head(None)
 
 
+@pytest.mark.parametrize("said", [("b", "cd", "e"), ("b", "c", "d", "e", "f")], ids=["in fewer frames", "in more frames"])
+@pytest.mark.parametrize("mirrored", [None, 4], ids=["all that the log has", "so much"])
+async def test_a_number_of_a_log_counts_nothing_that_another_run_has_written_there_since(mirrored, said):
+    """The log was lost with Redis when the reader had been told that its number counts what is there."""
+    flight = a_flight("Hel", "lo")
+    reader = FlightReader(flight, usage=False, cursor=Cursor(4), run="mirror-0", mirrored=mirrored, writer="run-0")
+    assert reader.take() == b""
+    flight.runs.append(("run-1", flight.count))
+    flight.copy([b"data: %s\n\n" % json.dumps(chunk({"content": text})).encode() for text in said], [0] * len(said))
+    flight.close(Complete())
+    with pytest.raises(StreamDiverged):
+        await reader.head(None)
+
+
 async def test_who_has_seen_the_end_waits_for_nothing():
     flight = Flight(CHAT, None, "run-1", started_at=0.0)
     reader = FlightReader(flight, usage=False, cursor=Cursor(3, seen("Hello"), ended=True), run="run-0")
