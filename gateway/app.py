@@ -29,6 +29,7 @@ from gateway.missing import Missing
 from gateway.nearby import Nearby
 from gateway.observe import AccessLog, Sink, UpstreamState
 from gateway.ports import Store, Upstream
+from gateway.probe import Probe
 from gateway.pulse import Pulse, Reporter
 from gateway.pump import Rules
 from gateway.purges import Purges
@@ -102,6 +103,7 @@ class Adjustable:
     def __init__(self, router: Router, rules: CacheRules, admin_key: str, limits: Limits) -> None:
         self.router = router
         self.limits = limits
+        self.probe = Probe(limits.lag)
         self.rules = rules
         self.admin_key = admin_key
         self.relay: Relay | None = None
@@ -112,6 +114,7 @@ class Adjustable:
         self.router.become(router)
         self.rules.become(_cache_rules(config))
         self.limits.become(config.limits)
+        self.probe.adjust()
         self.admin_key = loaded.secrets.get(config.admin.key_name, "")
         if self.relay:
             self.relay.fallback = _relay_upstream(config, router)
@@ -173,7 +176,9 @@ def build_app(config: Config, store: RedisStore, router: Router, admin_key: str 
     async def closing(_: web.Application) -> AsyncIterator[None]:
         await purges.open()
         metrics.lag.open()
+        adjustable.probe.open()
         yield
+        adjustable.probe.close()
         metrics.lag.close()
         await app[SERVICE].close()
         if reporter:
@@ -276,18 +281,18 @@ def _flight_rules(config: Config) -> Rules:
 
 
 def _add_routes(app: web.Application, config: Config, router: Router, tenants: Tenants, faults: Faults) -> None:
-    server, limits = config.server, app[LIMITS]
+    server, limits, running = config.server, app[LIMITS], app[RUNNING]
     timing = completions.Timing(
         server.head_after_s, server.keepalive_s, server.write_timeout_s, config.redis.lookup_timeout_s
     )
     own: dict[str, list[str]] = {}
     for api in APIS.values():
         handler = completions.handler(api, app[SERVICE], timing, faults, event_ids=config.flights.event_ids)
-        handler = admitted(handler, limits, tenants)
+        handler = admitted(handler, limits, tenants, running)
         own[api.path] = list(completions.METHODS)
         for method in completions.METHODS:
             app.router.add_route(method, f"/v1/{api.path}", handler)
-    resume = admitted(streams.resume(app[STREAMS], app[SERVICE], timing), limits, tenants)
+    resume = admitted(streams.resume(app[STREAMS], app[SERVICE], timing), limits, tenants, running, resumes=True)
     app.router.add_get("/v1/streams/{id}", resume, allow_head=False)
     app.router.add_post("/v1/streams/{id}/cancel", streams.cancel(app[STREAMS]))
     app.router.add_get("/v1/streams/{id}/status", streams.status(app[STREAMS]))
@@ -301,7 +306,7 @@ def _add_routes(app: web.Application, config: Config, router: Router, tenants: T
     app.router.add_get("/v1/models/{model:.+}", models.one)
     app.router.add_get("/openapi.json", small.openapi(config))
     app.router.add_get("/", small.root)
-    app.router.add_route("*", "/v1/{path:.*}", admitted(relay.handler(), limits, tenants))
+    app.router.add_route("*", "/v1/{path:.*}", admitted(relay.handler(), limits, tenants, running))
 
 
 def _relay_upstream(config: Config, router: Router) -> Upstream | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from gateway.config import LimitsConfig
+from gateway.core.shedding import Shedding
 from gateway.errors import Overloaded, TenantOverloaded
 
 log = logging.getLogger(__name__)
@@ -193,6 +194,71 @@ class Held:
         return {"now": now, "limit": self.limit_bytes, "refused": self.refused.count}
 
 
+class Shedder:
+    """Refuses newcomers, a share of them, while the event loop is late; those who resume a stream last."""
+
+    def __init__(self, clock: Callable[[], float], draw: Callable[[], float]) -> None:
+        self.refused = Teller("limits.max_lag_s is reached", clock)
+        self._shedding = Shedding()
+        self._clock = clock
+        self._draw = draw
+        self._waiting_since_s: dict[object, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<Shedder of={self.max_lag_s or 'any'} lag={self._shedding.lag_s:.4f} share={self._shedding.share:.2f}>"
+
+    @property
+    def max_lag_s(self) -> float:
+        """0: any lag."""
+        return self._shedding.max_lag_s
+
+    @property
+    def is_shedding(self) -> bool:
+        return self._shedding.share > 0
+
+    def become(self, max_lag_s: float) -> None:
+        self._shedding.become(max_lag_s)
+
+    def add(self, lag_s: float, now_s: float) -> None:
+        """How late the loop was, and when that was measured, by this clock.
+
+        Newcomers who are left waiting for a turn wait for no less than since there was nobody of them.
+        """
+        waited_s = now_s - min(self._waiting_since_s.values(), default=now_s)
+        self._shedding.add(max(lag_s, waited_s), now_s)
+
+    def newcomers_wait(self, where: object) -> None:
+        """Some were left waiting there, when all had been taken that may be at a time."""
+        self._waiting_since_s.setdefault(where, self._clock())
+
+    def nobody_waits(self, where: object) -> None:
+        self._waiting_since_s.pop(where, None)
+
+    def refuses(self, *, resumes: bool) -> bool:
+        """Draws whether one more is refused: to be asked once for each."""
+        share = self._shedding.share_of_resumed if resumes else self._shedding.share
+        return share > 0 and self._draw() < share
+
+    def refusal(self) -> Overloaded:
+        """What to tell whoever is refused, who is counted."""
+        self.refused.add()
+        message = "The gateway has more to do than it can do in time."
+        return Overloaded(message, retry_after_s=retry_after_s(self._draw()))
+
+    def check(self, *, resumes: bool) -> None:
+        """Raises `Overloaded`."""
+        if self.refuses(resumes=resumes):
+            raise self.refusal()
+
+    def snapshot(self) -> dict[str, float]:
+        return {
+            "now": self._shedding.lag_s,
+            "limit": self.max_lag_s,
+            "refused": self.refused.count,
+            "refused_share": self._shedding.share,
+        }
+
+
 class Limits:
     """All of ``[limits]``, and what of each there is now."""
 
@@ -207,6 +273,7 @@ class Limits:
         self.streams = Places("streams", clock, draw)
         self.flights = Places("flights", clock, draw)
         self.held = Held(clock, draw)
+        self.lag = Shedder(clock, draw)
         self.evicted = 0
         """How many idle connections were closed to make room."""
         self.unaccepted = Teller("the process has no more file descriptors (ulimit -n)", clock)
@@ -219,6 +286,7 @@ class Limits:
         self.streams.limit, self.streams.limit_per_tenant = config.max_streams, config.max_streams_per_tenant
         self.flights.limit, self.flights.limit_per_tenant = config.max_flights, config.max_flights_per_tenant
         self.held.limit_bytes = config.max_held_bytes
+        self.lag.become(config.max_lag_s)
 
     def check_call(self, tenant: str) -> bool:
         """Whether one more call may begin that nobody waits for: it is not counted as refused."""
@@ -236,6 +304,7 @@ class Limits:
             "streams": self.streams.snapshot(),
             "flights": self.flights.snapshot(),
             "held_bytes": self.held.snapshot(),
+            "lag": self.lag.snapshot(),
         }
 
 

@@ -237,7 +237,7 @@ class Sources(NamedTuple):
     tally: Tally
     store: Callable[[], StoreState]
     upstreams: Callable[[], Iterable[UpstreamState]]
-    limits: Callable[[], Mapping[str, Mapping[str, int]]]
+    limits: Callable[[], Mapping[str, Mapping[str, float]]]
     """By what they limit: how many there are ``now``, the ``limit``, and how often one more was ``refused``."""
 
 
@@ -331,8 +331,8 @@ def _store_families(state: StoreState) -> Iterator[Metric]:
     yield CounterMetricFamily("gateway_store_late_lookups", text, state.late_lookups)
 
 
-def _limit_families(told: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
-    places = {what: found for what, found in told.items() if what != "held_bytes"}
+def _limit_families(told: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
+    places = {what: found for what, found in told.items() if what not in ("held_bytes", "lag")}
     gauge, counter = GaugeMetricFamily, CounterMetricFamily
     now, most = ({what: found[name] for what, found in places.items()} for name in ("now", "limit"))
     yield _by("gateway_limit_taken", "How many there are of what is limited.", gauge, "limit", now)
@@ -346,6 +346,13 @@ def _limit_families(told: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
     held = told["held_bytes"]
     yield gauge("gateway_held_bytes", "Bytes that are held for requests and answers.", held["now"])
     yield gauge("gateway_held_bytes_limit", "How many there may be; 0: any number.", held["limit"])
+    lag = told["lag"]
+    text = "By how much the event loop is late for newcomers, as long as that is limited."
+    yield gauge("gateway_sustained_lag_seconds", text, lag["now"])
+    yield gauge("gateway_sustained_lag_limit_seconds", "How late it may be; 0: any time.", lag["limit"])
+    yield gauge(
+        "gateway_refused_share", "Of newcomers, which are refused because the event loop is late.", lag["refused_share"]
+    )
     connections = told["connections"]
     text = "Idle connections that were closed to make room."
     yield counter("gateway_connections_evicted", text, connections["evicted"])

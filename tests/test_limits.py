@@ -766,7 +766,7 @@ async def test_a_caller_who_is_closed_unserved_is_told_of_unless_it_has_left(err
     acceptor._loop = SimpleNamespace(connect_accepted_socket=connect_accepted_socket)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        await acceptor._connect(theirs)
+        await acceptor._connect(theirs, b"", is_let_in=False)
         assert ours.recv(1) == b""
     assert [record.levelname for record in caplog.records] == told
     assert limits.connections.taken == 0

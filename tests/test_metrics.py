@@ -391,7 +391,22 @@ async def test_limits_and_what_they_have_refused_are_told(start, upstream):
     assert samples("gateway_limit_refused_total", scope="tenant") == 0
     assert samples("gateway_held_bytes") > 0
     assert samples("gateway_held_bytes_limit") > samples("gateway_held_bytes")
+    assert samples("gateway_refused_share") == samples("gateway_sustained_lag_limit_seconds") == 0
+    assert samples("gateway_limit_refused_total", limit="lag", scope="all") == 0
     upstream.gate("answer").released.set()
     assert (await running).status == 200
     await gateway.landed()
     assert (await scraped(gateway))("gateway_limit_taken", limit="flights") == 0
+
+
+async def test_how_late_the_loop_is_for_newcomers_is_told_and_whom_that_has_kept_out(start, upstream):
+    gateway = await start(limits={"max_lag_s": 0.25})
+    gateway.adjustable.probe.close()
+    for now_s in range(3):
+        gateway.limits.lag.add(0.5, float(now_s))
+    assert (await gateway.chat("one")).status == 503
+    samples = await scraped(gateway)
+    assert samples("gateway_sustained_lag_seconds") == 0.5
+    assert samples("gateway_sustained_lag_limit_seconds") == 0.25
+    assert samples("gateway_refused_share") == 1
+    assert samples("gateway_limit_refused_total", limit="lag", scope="all") == 1

@@ -182,6 +182,7 @@ async def test_what_is_wrong_is_refused_as_a_whole_and_everything_stays_as_it_wa
         ("flights", "lease_s", 2.0, False),
         ("limits", "max_streams", 5, True),
         ("limits", "max_connections", 5, True),
+        ("limits", "max_lag_s", 0.005, True),
         ("retries", "max_retries", 5, True),
         ("ejection", "min_calls", 77, True),
         ("server", "port", 1, False),

@@ -54,6 +54,7 @@ class LimitsConfig(Section):
     max_held_bytes: CountOrZero = 268_435_456
     max_streams_per_tenant: CountOrZero = 0
     max_flights_per_tenant: CountOrZero = 0
+    max_lag_s: SecondsOrZero = 0.0
 
 
 class RedisConfig(Section):

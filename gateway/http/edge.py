@@ -99,6 +99,10 @@ class Connections(Protocol):
 
     def end(self, transport: asyncio.BaseTransport | None) -> None: ...
 
+    def was_let_in(self, transport: asyncio.BaseTransport | None) -> bool:
+        """Whether somebody has drawn already, for the request that is being served, that it is not refused for lag."""
+        ...
+
 
 class Running:
     """How many requests are being served, and whether more are wanted."""
@@ -133,6 +137,10 @@ class Running:
         self._count -= 1
         if not self._count:
             self._none.set()
+
+    def was_let_in(self, transport: asyncio.BaseTransport | None) -> bool:
+        """As `Connections` have it."""
+        return self.connections is not None and self.connections.was_let_in(transport)
 
     async def ended(self) -> None:
         """Returns when none is being served."""

@@ -160,6 +160,9 @@ class Arrivals:
             "first": [caller.arrived_s[0] - caller.began_s for caller in served],
         }
         figures: dict[str, float] = {"asked": len(self.callers), "refused": len(refused), "served": len(served)}
+        if served:
+            ends_s = [caller.ended_s for caller in served]
+            figures["served_per_s"] = len(served) / (max(ends_s) - min(caller.began_s for caller in served))
         for name, values in times.items():
             if values:
                 for percent in (50, 99):

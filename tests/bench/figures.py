@@ -60,6 +60,8 @@ class Extent:
     overloaded_s: float = 8.0
     saturating: int = 6
     """How many times as many streams the processor just about carries."""
+    saturates: bool = True
+    """Whether that is so."""
 
 
 QUICK = Extent(
@@ -84,6 +86,7 @@ QUICK = Extent(
     overloaded_streams=6,
     overloaded_s=1.5,
     saturating=2,
+    saturates=False,
 )
 
 Say = Callable[[str], None]

@@ -21,6 +21,7 @@ _STREAM_S = _TOKENS * _GAP_S
 _STORED_WITHIN_S = 0.6
 _HIT_TOKENS = 64
 TIMES = 3
+_MAX_LAG_S = 0.005
 # Of what fits, so that by chance none is refused.
 _CALM = 0.6
 
@@ -35,6 +36,8 @@ class Case:
     upstream: Callable[[int], str] = lambda _: ""
     hits: bool = True
     """Whether hits are served though it is full."""
+    lag: bool = False
+    """Whether the lag is limited: so one request after the other, to have answers stored, may be too much already."""
 
 
 CASES = (
@@ -48,9 +51,10 @@ CASES = (
     ),
     Case("processor", lambda _: "[limits]\nmax_flights = 0\nmax_streams = 0\n"),
     Case("limited", lambda room: f"[limits]\nmax_flights = {room}\n"),
+    Case("lag", lambda _: f"[limits]\nmax_flights = 0\nmax_streams = 0\nmax_lag_s = {_MAX_LAG_S}\n", hits=False, lag=True),
 )
-LIMITS = ("flights", "streams", "connections", "queue", "limited")
-ON_THE_PROCESSOR = ("processor", "limited")
+LIMITS = ("flights", "streams", "connections", "queue", "limited", "lag")
+ON_THE_PROCESSOR = ("processor", "limited", "lag")
 
 
 def figure(case: str) -> str:
@@ -61,11 +65,14 @@ def overload(stage: Stage, extent: Extent, say: Say) -> list[Figures]:
     """One entry. Raises `BenchFailed`."""
     figures: Figures = {}
     for case in CASES:
+        if case.lag and not extent.saturates:
+            continue
         room = extent.overloaded_streams * (extent.saturating if case.name in ON_THE_PROCESSOR else 1)
         say(f"{TIMES} times what there is room for: {case.name}")
         stage.empty_store()
         with stage.gateway(more=case.config(room), upstream=case.upstream(room)) as gateway:
-            _fill(stage, gateway)
+            if not case.lag:
+                _fill(stage, gateway)
             stage.set_pace(_GAP_S, _GAP_S)
             # By Little's law so many come in a second where so many run at a time.
             rate_per_s = room / _STREAM_S

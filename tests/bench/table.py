@@ -10,7 +10,7 @@ from figures import MANY_CONNECTIONS, RELAY_CONNECTIONS, Extent, Figures
 from flights import REPLICAS
 from outage import FAULTS
 from outage import figure as outage_figure
-from overload import CASES, LIMITS, TIMES
+from overload import CASES, LIMITS, ON_THE_PROCESSOR, TIMES
 from overload import figure as overloaded
 from pace import LATE_MS
 
@@ -122,6 +122,7 @@ ROWS = (
             *([Row("a hit meanwhile, p99, ms", overloaded(case.name), "hit_p99_ms")] if case.hits else []),
         )
     ),
+    *(Row(f"whole streams/s, {name} (bare: not full)", overloaded(name), "served_per_s") for name in ON_THE_PROCESSOR),
     Row("the upstream's answer to nothing meanwhile, p99, ms", overloaded("flights"), "ping_p99_ms"),
     *(
         Row(
