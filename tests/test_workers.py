@@ -262,6 +262,8 @@ def is_refused(served: Served) -> bool:
         socket.create_connection(("127.0.0.1", port_of(served))).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it closed in the middle of the handshake
+        return False
     return False
 
 
