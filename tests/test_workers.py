@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,11 @@ def port_of(served: Served) -> int:
 
 def owner(served: Served, client_port: int) -> int:
     """The worker that has accepted the connection from that port."""
-    port = port_of(served)
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    ends = (f"0100007F:{port:04X}", f"0100007F:{client_port:04X}")
-    [inode] = [row[9] for row in rows if (row[1], row[2]) == ends]
+    ends = [f"0100007F:{port_of(served):04X}", f"0100007F:{client_port:04X}"]
+    inode = ""
+    while not inode:  # the kernel tells the table in pieces, and leaves out rows where others come and go meanwhile
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        inode = next((row[9] for row in rows if row[1:3] == ends), "")
     for worker in served.workers:
         for descriptor in Path(f"/proc/{worker}/fd").iterdir():
             with suppress(FileNotFoundError):
@@ -276,10 +277,10 @@ async def statuses(served: Served, model: str) -> set[str]:
     async with asyncio.timeout(PATIENCE_S):
         while set(found) != set(served.workers):
             reader, writer = await asyncio.open_connection("127.0.0.1", port_of(served))
-            writer.write(f"GET /v1/models/{model} HTTP/1.1\r\nHost: gateway\r\n\r\n".encode())
-            status = (await reader.readline()).split()[1].decode()
-            found[owner(served, writer.get_extra_info("sockname")[1])] = status
-            writer.close()
+            with closing(writer):
+                writer.write(f"GET /v1/models/{model} HTTP/1.1\r\nHost: gateway\r\n\r\n".encode())
+                status = (await reader.readline()).split()[1].decode()
+                found[owner(served, writer.get_extra_info("sockname")[1])] = status
             await writer.wait_closed()
     return set(found.values())
 
