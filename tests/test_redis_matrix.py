@@ -233,14 +233,16 @@ async def recovers(gateway: Gateway, rig: Rig, fault: Fault, caplog: pytest.LogC
     is_told_once(fault, caplog)
 
 
-def settings(rig: Rig, **more: Any) -> dict[str, Any]:
-    return {"redis": {"url": rig.proxy.url, **SETTINGS}, **more}
+def settings(rig: Rig, fault: Fault | None = None, **more: Any) -> dict[str, Any]:
+    """Where Redis answers, with whatever fault, the gateway waits for it, also on a machine that stalls."""
+    patience = {} if fault is None or fault.away else {"lookup_timeout_s": 2, "command_timeout_s": 5}
+    return {"redis": {"url": rig.proxy.url, **SETTINGS, **patience}, **more}
 
 
 @each_fault_of_a_server
 async def test_at_the_start(start_gateway, rig, fault, caplog):
     await fault.cause(rig)
-    gateway = await start_gateway(**settings(rig))
+    gateway = await start_gateway(**settings(rig, fault))
     assert await shown(gateway) == ("unavailable" if fault.away else "ok")
     for told in await are_served(gateway, "asked during it"):
         assert fault.seen in told
@@ -252,7 +254,7 @@ async def test_at_the_start(start_gateway, rig, fault, caplog):
 @pytest.mark.slow
 @each_fault
 async def test_before_the_lookup(start_gateway, rig, fault, caplog):
-    gateway = await start_gateway(**settings(rig))
+    gateway = await start_gateway(**settings(rig, fault))
     for stream in (True, False):
         await hits(gateway, f"asked before, stream: {stream}")
     await fault.cause(rig)
@@ -277,7 +279,7 @@ async def test_in_the_middle_of_an_answer(start_gateway, rig, fault, caplog, ups
         await asked.event(chunk({"content": " world"}, "stop"))
         await asked.done()
 
-    gateway = await start_gateway(**settings(rig))
+    gateway = await start_gateway(**settings(rig, fault))
     hello, upstream.script = upstream.script, talk
     asking = [asyncio.create_task(is_served(gateway, f"stream: {stream}", stream=stream)) for stream in (True, False)]
     await upstream.gate("middle").reached.wait()
@@ -299,7 +301,7 @@ STORES = scripts.STORE.digest.encode()
 @pytest.mark.slow
 @each_fault
 async def test_while_it_is_stored(start_gateway, rig, fault, caplog):
-    gateway = await start_gateway(**settings(rig))
+    gateway = await start_gateway(**settings(rig, fault))
     caused = asyncio.Event()
 
     async def cause(data: bytes) -> None:
@@ -321,7 +323,7 @@ async def test_while_it_is_stored(start_gateway, rig, fault, caplog):
 @pytest.mark.slow
 @each_fault
 async def test_in_the_middle_of_a_replay(start_gateway, rig, fault, caplog):
-    gateway = await start_gateway(**settings(rig, replay={"pace": "fixed", "tokens_per_s": 20.0}))
+    gateway = await start_gateway(**settings(rig, fault, replay={"pace": "fixed", "tokens_per_s": 20.0}))
     await is_served(gateway, "asked", stream=False)
     await gateway.landed()
     async with asyncio.timeout(WITHIN_S), gateway.opened("asked", stream=True) as response:
