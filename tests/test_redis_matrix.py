@@ -324,8 +324,7 @@ async def test_while_it_is_stored(start_gateway, rig, fault, caplog):
 @each_fault
 async def test_in_the_middle_of_a_replay(start_gateway, rig, fault, caplog):
     gateway = await start_gateway(**settings(rig, fault, replay={"pace": "fixed", "tokens_per_s": 20.0}))
-    await is_served(gateway, "asked", stream=False)
-    await gateway.landed()
+    await hits(gateway, "asked")
     async with asyncio.timeout(WITHIN_S), gateway.opened("asked", stream=True) as response:
         assert "; hit" in response.headers["Cache-Status"]
         first = await next_block(response)
