@@ -235,7 +235,7 @@ async def recovers(gateway: Gateway, rig: Rig, fault: Fault, caplog: pytest.LogC
 
 def settings(rig: Rig, fault: Fault | None = None, **more: Any) -> dict[str, Any]:
     """Where Redis answers, with whatever fault, the gateway waits for it, also on a machine that stalls."""
-    patience = {} if fault is None or fault.away else {"lookup_timeout_s": 2, "command_timeout_s": 5}
+    patience = {} if fault is None or fault.away else {"lookup_timeout_s": 2, "command_timeout_s": 5, "connect_timeout_s": 5}
     return {"redis": {"url": rig.proxy.url, **SETTINGS, **patience}, **more}
 
 
