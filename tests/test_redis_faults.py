@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from scripted import chunk
-from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, until
+from stores import KEY, LOG, OTHER_LOG, RECORDING, batch, begun, frame, large, on_fakeredis, until
 
 from gateway.config import RedisConfig
 from gateway.core.key import CacheKey
@@ -661,6 +661,14 @@ async def test_a_bell_that_is_never_heard_delays_no_listener_for_long(open_store
         await store.listen(LOG.flight, Ears().ring)
     await store.close()
     server.close()
+
+
+async def test_a_client_that_loses_the_cancellation_does_not_hold_up_the_end():
+    """As that of the imitation does, which tells of a time-out instead."""
+    async with on_fakeredis() as backend:
+        store = await backend.store(cooldown_s=300.0)
+        async with asyncio.timeout(20):
+            await store.close()
 
 
 @pytest.mark.parametrize("protocol", [2, 3])

@@ -123,7 +123,7 @@ class Bell:
 
     async def _keep_connected(self) -> None:
         turn = 0
-        while not self._closed:
+        while True:
             cooldown_s = self._config.cooldown_s
             try:
                 with store_errors_only():
@@ -134,6 +134,8 @@ class Bell:
             except StoreError as error:
                 log.debug("the bell's connection is lost: %s", error)
             self._lose()
+            if self._closed:  # a client that loses the cancellation must not cost the end another cooldown
+                return
             turn += 1
             await asyncio.sleep(cooldown_s)
 
