@@ -1,6 +1,7 @@
 """Fixtures: a real Redis, a scripted upstream, and the gateway on a real socket with production's options."""
 
 import asyncio
+import gc
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -14,6 +15,12 @@ from scripted import ScriptedUpstream
 from stores import Backend, Proxy, embedded_server, nothing_unnoticed, on_any, on_server
 
 from gateway.config import load
+
+
+def pytest_collection_finish() -> None:
+    """What all tests share stays: full collections of it stopped a test for up to a second, as a fault would."""
+    gc.collect()
+    gc.freeze()
 
 
 def _needs_redis() -> None:

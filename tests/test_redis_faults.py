@@ -663,6 +663,15 @@ async def test_a_bell_that_is_never_heard_delays_no_listener_for_long(open_store
     server.close()
 
 
+async def test_connections_are_made_without_reading_files(own_redis, open_store, monkeypatch):
+    """The package's metadata takes 2 ms for each, at every reconnect."""
+    read = []
+    monkeypatch.setattr("redis.utils.get_lib_version", lambda: read.append("metadata") or "0")
+    store = await open_store(own_redis.url)
+    await until_stored(store)
+    assert not read
+
+
 async def test_a_client_that_loses_the_cancellation_does_not_hold_up_the_end():
     """As that of the imitation does, which tells of a time-out instead."""
     async with on_fakeredis() as backend:

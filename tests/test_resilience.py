@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 from contextlib import ExitStack
 
 import openai
@@ -861,6 +862,15 @@ async def test_a_connection_that_cannot_be_made_in_time_is_given_up(start_gatewa
         async with asyncio.timeout(3):
             got = await gateway.chat()
     assert (got.status, got.json["error"]["code"]) == (502, "upstream_unreachable")
+
+
+async def test_an_upstream_is_made_without_a_stall(start_gateway, upstream, monkeypatch):
+    """All roots take 40 ms to load, in which a reload would stop every stream."""
+    loaded = []
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *arguments, **_: loaded.append(arguments))
+    gateway = await start_gateway()
+    assert content(await gateway.chat()) == "Hello world"
+    assert not loaded
 
 
 # Streams that do not end

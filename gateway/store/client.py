@@ -13,6 +13,7 @@ from redis.asyncio.connection import AbstractConnection, Connection, SSLConnecti
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.driver_info import DriverInfo
 from redis.exceptions import (
     AskError,
     ClusterDownError,
@@ -36,6 +37,9 @@ from gateway.store.tls import TlsConnection, shared_context, tls_options
 # One each for lookups, patient lookups, reads of logs, writes, and the watch. The bell has one beside these.
 FEWEST_CONNECTIONS = 5
 
+# Else each connection reads and parses the package's metadata: 2 ms in which nothing else runs, at every reconnect.
+_DRIVER = DriverInfo()
+
 Client = aioredis.Redis | RedisCluster
 Command = tuple[Any, ...]
 """Its first argument is a key, or it is a script's call."""
@@ -55,6 +59,7 @@ def connect(config: RedisConfig, url: str) -> Client:
         "socket_timeout": None,
         "socket_connect_timeout": config.connect_timeout_s,
         "retry": no_retry(),
+        "driver_info": _DRIVER,
         # With them a connection that the server has closed is taken for a good one.
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
