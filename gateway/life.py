@@ -131,6 +131,7 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         app = build_app(config, store, live.router, loaded.secrets.get(config.admin.key_name, ""))
         live.adjustable = app[ADJUSTABLE]
         boss.share(app[METRICS])
+        obeying = await stack.enter_async_context(AsyncExitStack())  # below: operators are told of all workers by the boss
         operators = await _open_operators(stack, app, patience(config))  # below: whoever watches the end sees all of it
         shared = config.server.workers > 1
         server = HttpServer(app, app[RUNNING], patience(config), app[LIMITS], RUNNER_OPTIONS, shared=shared)
@@ -145,8 +146,7 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         if operators:
             await operators.listen(admin_sockets)
         boss.announce(announcement(address, admin_address, config, boss.store or store_described))
-        obeying = asyncio.create_task(boss.obey(live))
-        stack.push_async_callback(end_task, obeying)
+        obeying.push_async_callback(end_task, asyncio.create_task(boss.obey(live)))
         gc.freeze()  # what is loaded by now stays: the collector need not look at it again
         gc.set_threshold(*_GC_THRESHOLDS)
         await stop.asked()
