@@ -378,7 +378,8 @@ async def test_who_has_waited_for_a_lookup_does_not_wait_for_redis_again(start_g
         return await is_kept(self, within_s)
 
     monkeypatch.setattr(Flight, "is_kept", noted)
-    gateway = await start_gateway(**settings(rig))
+    only_lookups_fail = {**SETTINGS, "command_timeout_s": 60, "connect_timeout_s": 60}
+    gateway = await start_gateway(redis={"url": rig.proxy.url, **only_lookups_fail})
     rig.proxy.delay_s = 60
     assert UNAVAILABLE in await is_served(gateway, "asked", stream=stream)
     assert gateway.store.available

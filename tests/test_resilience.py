@@ -595,6 +595,16 @@ async def test_each_deployment_is_asked_by_its_own_name_of_the_model(start_gatew
     assert (await gateway.chat(model="slow")).status == 404
 
 
+async def test_who_has_failed_is_not_asked_again_while_there_is_another(start_gateway, upstream, other):
+    """However short the wait is that was drawn for it."""
+    at_once = {**RETRIES, "backoff_s": 1e-9, "max_backoff_s": 1e-9}
+    gateway = await start_gateway(upstreams=pair(upstream, other), retries=at_once, ejection={"enabled": False})
+    for number in range(12):
+        upstream.script = other.script = in_turn(refuses(500), say_hello)
+        assert content(await gateway.chat(str(number))) == "Hello world"
+        assert len(upstream.bodies) == len(other.bodies) == number + 1
+
+
 async def test_only_deployments_that_serve_a_model_are_asked_for_it(start_gateway, upstream, other):
     eu, us = pair(upstream, other)
     gateway = await start_gateway(upstreams=[eu | {"models": ["a", "both"]}, us | {"models": ["b", "both"]}])

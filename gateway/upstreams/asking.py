@@ -20,7 +20,7 @@ from gateway.core.retrying import backoff_s
 from gateway.errors import GatewayError, UpstreamBroke, UpstreamBusy, UpstreamTimeout
 from gateway.ports import GATEWAY_UPSTREAM, Answer, Call, Clock, Patience, Served
 from gateway.questions import CREDENTIAL_HEADERS
-from gateway.upstreams.pool import Deployment, Pool, Running
+from gateway.upstreams.pool import Deployment, Pool, Running, Serving
 
 log = logging.getLogger(__name__)
 
@@ -180,12 +180,17 @@ class _Tries:
         self._not_before: dict[str, float] = {}
 
     def choose(self, now: float) -> tuple[Deployment, str] | None:
-        ready = self._serving
-        if self._not_before:
-            ready = [each for each in ready if self._not_before.get(each[0].name, 0.0) <= now]
-            if not ready:
-                return None
-        return self.pool.choose(ready, self._model, now, desperate=self._desperate, rested=self._not_before)
+        if not self._not_before:
+            return self._of(self._serving, now, desperate=self._desperate)
+        # Who has failed is asked again rather than nobody, however short its wait was drawn.
+        fresh = [each for each in self._serving if each[0].name not in self._not_before]
+        if chosen := self._of(fresh, now, desperate=False):
+            return chosen
+        ready = [each for each in self._serving if self._not_before.get(each[0].name, 0.0) <= now]
+        return self._of(ready, now, desperate=self._desperate)
+
+    def _of(self, serving: Serving, now: float, *, desperate: bool) -> tuple[Deployment, str] | None:
+        return self.pool.choose(serving, self._model, now, desperate=desperate, rested=self._not_before)
 
     def postpone(self, deployment: Deployment, until: float) -> None:
         self._not_before[deployment.name] = until
