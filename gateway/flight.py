@@ -15,7 +15,7 @@ import orjson
 from gateway.core.apis import Api, Assembler
 from gateway.core.dialects.openai import DONE
 from gateway.core.purge import Labels
-from gateway.core.recording import Frame, MalformedChunk, Recorder, Recording, parse_chunk, payload_of
+from gateway.core.recording import Frame, MalformedChunk, Recorder, Recording, first_run, parse_chunk, payload_of
 from gateway.errors import (
     AnswerTooLarge,
     GatewayError,
@@ -63,11 +63,6 @@ class Follower(Protocol):
     def cut(self, error: GatewayError) -> None:
         """The log can wait for it no longer, or it was told to stop."""
         ...
-
-
-def first_run(flight: FlightId) -> str:
-    """What the run that begins a flight is called: so whoever has the log can tell whether that run ever wrote there."""
-    return flight[:8]
 
 
 class Flight:

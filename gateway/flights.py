@@ -13,7 +13,7 @@ from gateway.core.apis import Api
 from gateway.core.content import Continuation
 from gateway.core.key import CacheKey
 from gateway.core.purge import Labels, Purge
-from gateway.core.recording import Recording, parse_chunk
+from gateway.core.recording import Recording, first_run, parse_chunk
 from gateway.errors import (
     GatewayError,
     ShuttingDown,
@@ -22,7 +22,7 @@ from gateway.errors import (
     StreamLost,
     forget_traces,
 )
-from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome, first_run
+from gateway.flight import Abandoned, Complete, Failed, Flight, Outcome
 from gateway.keeping import may_be_kept, recorded
 from gateway.limits import Limits, Place
 from gateway.mirror import Mirror

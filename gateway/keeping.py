@@ -3,9 +3,9 @@
 import logging
 
 from gateway.core.policy import has_broken_arguments
-from gateway.core.recording import Meta, Recording, body_spans, content_digest
+from gateway.core.recording import Meta, Recording, body_spans, content_digest, first_run
 from gateway.errors import UpstreamBroke
-from gateway.flight import Flight, first_run
+from gateway.flight import Flight
 from gateway.pump import Plan
 
 log = logging.getLogger(__name__)

@@ -202,6 +202,11 @@ def _little_endian(numbers: "array[int]") -> "array[int]":
     return numbers
 
 
+def first_run(flight: str) -> str:
+    """What the run that begins a flight is called: so whoever has the log can tell whether that run ever wrote there."""
+    return flight[:8]
+
+
 class Meta(NamedTuple):
     """What is known of a recording besides its bytes. Times are Unix seconds; spans are of ``body``."""
 
@@ -240,7 +245,7 @@ class Meta(NamedTuple):
     @property
     def run(self) -> str:
         """The one that wrote the last frame: of one flight, two that know nothing of each other may both come to an end."""
-        return self.runs[-1][0] if self.runs else self.flight[:8]
+        return self.runs[-1][0] if self.runs else first_run(self.flight)
 
     def dumps(self) -> bytes:
         return orjson.dumps(self._asdict())
