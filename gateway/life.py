@@ -131,7 +131,8 @@ async def serve(loaded: Loaded, boss: Boss) -> None:
         app = build_app(config, store, live.router, loaded.secrets.get(config.admin.key_name, ""))
         live.adjustable = app[ADJUSTABLE]
         boss.share(app[METRICS])
-        obeying = await stack.enter_async_context(AsyncExitStack())  # below: operators are told of all workers by the boss
+        # Below those who serve operators, who are told of all workers by way of the boss.
+        obeying = await stack.enter_async_context(AsyncExitStack())
         operators = await _open_operators(stack, app, patience(config))  # below: whoever watches the end sees all of it
         shared = config.server.workers > 1
         server = HttpServer(app, app[RUNNING], patience(config), app[LIMITS], RUNNER_OPTIONS, shared=shared)
